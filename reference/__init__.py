@@ -1,0 +1,8 @@
+"""The oracle: aLRP Loss in NumPy, float64, slow on purpose. Not installed with the package; no torch in here.
+
+Twice, written independently: ``dense`` states the equations with the whole comparison matrix, ``loop`` walks over the
+positives as the published implementation does. The tests hold the two against each other, and the package against them.
+"""
+
+from .dense import Result as Result
+from .dense import comparison_matrix as comparison_matrix
