@@ -1,0 +1,206 @@
+"""The two products of the comparison matrix in Triton: tiles of rows by columns, two fp32 instructions a pair.
+
+Both kernels walk over tiles of the P x N matrix H, which is never stored. A tile's rows are neighbours in score, so the
+step is evaluated relative to the least of them, the **anchor** a of their block:
+
+    h(x - s) = clamp((x - a) * scale + offset, 0, 1),   offset = 1/2 - (s - a) * scale,   scale = 1/(2 delta)
+
+which is one saturating fused multiply-add a pair (`FFMA.SAT`), and one more multiplies by the weight and accumulates.
+Rounding the offset moves a score by at most half a unit in the last place of its distance from the anchor. Where a
+block of rows is wider than ``_TIGHT`` times delta that would be too coarse, and x - s is formed first (three
+instructions).
+
+Columns are read in place, in their own dtype; all arithmetic is in the dtype of the rows. Results do not depend on the
+order in which programs run: there are no atomics.
+"""
+
+# Kernels are written in Triton's language, not Python's: its types are not Python's either.
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets: 64 pairs a thread at 128
+# threads in float32, as much as fits without spills in float64 (which only the P x P products and float64 logits use).
+FORWARD_TILE = {torch.float32: {"ROWS": 32, "COLUMNS": 256}, torch.float64: {"ROWS": 16, "COLUMNS": 128}}
+TRANSPOSE_TILE = {
+    torch.float32: {"ROWS": 64, "CHUNK": 4, "COLUMNS": 2048},
+    torch.float64: {"ROWS": 64, "CHUNK": 8, "COLUMNS": 256},
+}
+WARPS = 4
+# The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
+# 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
+_SPLITS = 4096
+_TIGHT: tl.constexpr = tl.constexpr(4.0)
+
+# How a tile evaluates the step.
+_ANCHORED: tl.constexpr = tl.constexpr(0)  # delta > 0, rows of the block close together: row holds the offset
+_DIRECT: tl.constexpr = tl.constexpr(1)  # delta > 0: row holds the score
+_HARD: tl.constexpr = tl.constexpr(2)  # delta = 0: row holds the score
+
+
+@triton.jit
+def _accumulate(acc, x, row, weight, anchor, scale, MODE: tl.constexpr):
+    """Acc + h * weight on a tile; x [1, COLUMNS] and row [ROWS, 1], weight either of the two."""
+    if MODE == _HARD:
+        acc = tl.where(x >= row, acc + weight, acc)
+    else:
+        if MODE == _ANCHORED:
+            h = tl.fma(x - anchor, scale, row)
+        else:
+            h = tl.fma(x - row, scale, 0.5)
+        acc = tl.fma(tl.minimum(tl.maximum(h, 0.0), 1.0), weight, acc)
+    return acc
+
+
+@triton.jit
+def _sum_columns(
+    columns_ptr, weights_ptr, length, row, floor, anchor, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Sum of h * weight over ``length`` columns for one block of rows; NaN if a column that counts is NaN."""
+    dtype = row.dtype
+    acc = tl.zeros([ROWS, COLUMNS], dtype)
+    nan = tl.zeros([COLUMNS], tl.int1)
+    for begin in range(0, length, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        inside = column < length
+        x = tl.load(columns_ptr + column, mask=inside, other=float("-inf")).to(dtype)
+        weight = tl.load(weights_ptr + column, mask=inside, other=0).to(dtype)
+        # Saturation turns NaN into 0, so NaN is looked for here, once a column and not once a pair.
+        live = (weight != 0) & ~(x < floor)
+        if tl.max(live.to(tl.int32), axis=0) > 0:
+            nan = nan | (live & (x != x))
+            acc = _accumulate(acc, x[None, :], row[:, None], weight[None, :], anchor, scale, MODE)
+    return tl.where(tl.max(nan.to(tl.int32), axis=0) > 0, float("nan"), tl.sum(acc, axis=1))
+
+
+@triton.jit(do_not_specialize=["P", "N", "span"])
+def matvec_kernel(
+    rows_ptr, columns_ptr, weights_ptr, partial_ptr, P, N: tl.int64, span: tl.int64, delta: tl.float64,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Program (b, k): the sum over split k of the columns, for block b of the rows -> partial[k, rows of b]."""
+    dtype = rows_ptr.dtype.element_ty
+    first = tl.program_id(0) * ROWS
+    anchor = tl.load(rows_ptr + first)
+    last = tl.load(rows_ptr + tl.minimum(first + ROWS, P) - 1)
+    index = first + tl.arange(0, ROWS)
+    row = tl.load(rows_ptr + tl.minimum(index, P - 1))  # rows past the end repeat the last one and are not stored
+    floor = anchor - tl.full([], delta, dtype)
+
+    split = tl.program_id(1).to(tl.int64)
+    start = split * span
+    length = tl.minimum(N - start, span).to(tl.int32)
+    columns_ptr += start
+    weights_ptr += start
+    if HARD:
+        y = _sum_columns(columns_ptr, weights_ptr, length, row, floor, anchor, 0.0, ROWS, COLUMNS, _HARD)
+    else:
+        scale = tl.full([], 0.5 / delta, dtype)
+        if last - anchor <= tl.full([], _TIGHT * delta, dtype):
+            offset = 0.5 - (row - anchor) * scale
+            y = _sum_columns(columns_ptr, weights_ptr, length, offset, floor, anchor, scale, ROWS, COLUMNS, _ANCHORED)
+        else:
+            y = _sum_columns(columns_ptr, weights_ptr, length, row, floor, anchor, scale, ROWS, COLUMNS, _DIRECT)
+    tl.store(partial_ptr + split * P + index, y, mask=index < P)
+
+
+@triton.jit
+def _sum_rows(
+    acc, x, row_ptr, weights_ptr, first, P, anchor, scale, ROWS: tl.constexpr, CHUNK: tl.constexpr, MODE: tl.constexpr
+):
+    """Acc + h * weight for the rows from ``first`` on, CHUNK of them at a time."""
+    for begin in range(first, tl.minimum(first + ROWS, P), CHUNK):
+        index = begin + tl.arange(0, CHUNK)
+        row = tl.load(row_ptr + index, mask=index < P, other=0.0)
+        weight = tl.load(weights_ptr + index, mask=index < P, other=0.0)
+        acc = _accumulate(acc, x[None, :], row[:, None], weight[:, None], anchor, scale, MODE)
+    return acc
+
+
+@triton.jit(do_not_specialize=["P", "N"])
+def rmatvec_kernel(
+    rows_ptr, offsets_ptr, weights_ptr, columns_ptr, mask_ptr, out_ptr, P, N: tl.int64, delta: tl.float64,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Program b: block b of the columns, summed over all rows -> out[columns of b]."""
+    dtype = rows_ptr.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * COLUMNS
+    column = tl.arange(0, COLUMNS)
+    inside = column < N - start
+    x = tl.load(columns_ptr + start + column, mask=inside, other=float("-inf")).to(dtype)
+    live = tl.load(mask_ptr + start + column, mask=inside, other=0) != 0
+    top = tl.max(tl.where(live, x, float("-inf")), axis=0)
+    acc = tl.zeros([CHUNK, COLUMNS], dtype)
+    scale = 0.0
+    if not HARD:
+        scale = tl.full([], 0.5 / delta, dtype)
+    for first in range(0, P, ROWS):
+        anchor = tl.load(rows_ptr + first)
+        if not (top < anchor - tl.full([], delta, dtype)):
+            if HARD:
+                acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _HARD)
+            else:
+                last = tl.load(rows_ptr + tl.minimum(first + ROWS, P) - 1)
+                if last - anchor <= tl.full([], _TIGHT * delta, dtype):
+                    acc = _sum_rows(acc, x, offsets_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _ANCHORED)
+                else:
+                    acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _DIRECT)
+    g = tl.sum(acc, axis=0) + 0.0 * tl.load(weights_ptr)  # NaN weights must show even where all rows were skipped
+    g = tl.where(x != x, float("nan"), g)
+    tl.store(out_ptr + start + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of this device: a CUDA or ROCm GPU, or any under Triton's interpreter."""
+    return device.type == "cuda" or not isinstance(matvec_kernel, triton.JITFunction)
+
+
+def _readable(weights: Tensor | None, columns: Tensor) -> Tensor:
+    """Column weights as a kernel reads them: contiguous, a mask as bytes, none as ones."""
+    if weights is None:
+        return torch.ones(columns.shape, dtype=torch.uint8, device=columns.device)
+    weights = weights.contiguous()
+    return weights.view(torch.uint8) if weights.dtype == torch.bool else weights
+
+
+def _working(columns: Tensor) -> torch.dtype:
+    """The dtype of all arithmetic: half precision is widened on load, float64 is kept."""
+    return torch.float64 if columns.dtype == torch.float64 else torch.float32
+
+
+def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
+    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.comparison`."""
+    p, n, working = rows.numel(), columns.numel(), _working(columns)
+    tile = FORWARD_TILE[working]
+    blocks = triton.cdiv(p, tile["ROWS"])
+    tiles = triton.cdiv(n, tile["COLUMNS"])
+    span = triton.cdiv(tiles, max(1, min(tiles, _SPLITS // blocks))) * tile["COLUMNS"]
+    splits = triton.cdiv(n, span)
+    partial = torch.empty(splits, p, dtype=working, device=rows.device)
+    with torch.cuda.device_of(rows):
+        matvec_kernel[(blocks, splits)](
+            rows.to(working), columns.contiguous(), _readable(weights, columns), partial, p, n, span, delta,
+            HARD=delta == 0, num_warps=WARPS, **tile,
+        )  # fmt: skip
+    return partial.sum(0, dtype=torch.float64)
+
+
+def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
+    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.comparison`."""
+    p, n, working = rows.numel(), columns.numel(), _working(columns)
+    tile = TRANSPOSE_TILE[working]
+    # In the loop over rows every instruction counts, so their offsets are made here, once.
+    anchors = rows[:: tile["ROWS"]].repeat_interleave(tile["ROWS"])[:p]
+    offsets = rows if delta == 0 else 0.5 - (rows - anchors) * (0.5 / delta)
+    out = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
+    with torch.cuda.device_of(rows):
+        rmatvec_kernel[(triton.cdiv(n, tile["COLUMNS"]),)](
+            rows.to(working), offsets.to(working), weights.to(working), columns.contiguous(), _readable(mask, columns),
+            out, p, n, delta, HARD=delta == 0, num_warps=WARPS, **tile,
+        )  # fmt: skip
+    return out

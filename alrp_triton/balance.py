@@ -1,0 +1,75 @@
+"""Self-balancing of the two parts of aLRP Loss."""
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_number, check_tensor
+
+
+class SelfBalance(nn.Module):
+    """Weight of the localisation part, adapted once a period so that both parts pull alike.
+
+    The weight starts at ``initial_weight``. At every ``period``-th step it becomes, from the losses of that period,
+    (mean localisation + mean classification) / mean localisation, and applies from that very step on, as published.
+    The state lives in buffers: it is in the ``state_dict``, survives a resume, moves with the module, and no step waits
+    for the device. Steps whose losses are not finite (say, an overflow that a gradient scaler skips) are left out of
+    the means, and a period whose mean localisation is 0 leaves the weight as it is. In ``eval`` mode the weight is
+    applied and nothing is recorded.
+
+    Args:
+        period: number of steps between two updates, at least 1; published: an epoch (3665 steps of 32 images of COCO).
+        initial_weight: weight until the end of the first period; published: 50.
+
+    Attributes:
+        weight: the weight in force, float32 0-d buffer.
+
+    Raises:
+        TypeError, ValueError: ``period`` or ``initial_weight`` of the wrong type or out of range; losses that are not
+            0-d floating tensors.
+
+    Reference: Oksuz et al., NeurIPS 2020, Section 4.2 ("Self-balancing"), and the published implementation.
+    """
+
+    weight: Tensor
+    steps: Tensor
+    classification_sum: Tensor
+    localisation_sum: Tensor
+
+    def __init__(self, period: int, *, initial_weight: float = 50.0) -> None:
+        super().__init__()
+        if isinstance(period, bool) or not isinstance(period, int):
+            raise TypeError(f"period must be an int, got {type(period).__name__}")
+        if period < 1:
+            raise ValueError(f"period must be at least 1, got {period}")
+        check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max)
+        self.period = period
+        self.register_buffer("weight", torch.tensor(float(initial_weight)))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("classification_sum", torch.tensor(0.0))
+        self.register_buffer("localisation_sum", torch.tensor(0.0))
+
+    def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
+        """Record both raw losses (0-d); return the weighted localisation loss, differentiable in ``localisation``."""
+        for name, loss in (("classification", classification), ("localisation", localisation)):
+            check_tensor(name, loss, "floating")
+            if loss.ndim != 0:
+                raise ValueError(f"{name} must be 0-d, got shape {tuple(loss.shape)}")
+        if self.training:
+            self._record(classification.detach(), localisation.detach())
+        # A copy: the next step changes the buffer, and this step's backward may still be to come.
+        return localisation * self.weight.clone()
+
+    @torch.no_grad()
+    def _record(self, classification: Tensor, localisation: Tensor) -> None:
+        finite = classification.isfinite() & localisation.isfinite()
+        self.classification_sum += torch.where(finite, classification, 0.0)
+        self.localisation_sum += torch.where(finite, localisation, 0.0)
+        self.steps += 1
+        ended = self.steps == self.period
+        balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum
+        self.weight.copy_(torch.where(ended & (self.localisation_sum > 0), balanced, self.weight))
+        for total in (self.steps, self.classification_sum, self.localisation_sum):
+            total.masked_fill_(ended, 0)
+
+    def extra_repr(self) -> str:
+        return f"period={self.period}"

@@ -1,0 +1,106 @@
+"""Who is a positive, a negative or ignored: the two forms of targets, turned into flat indices and a mask."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_same_device, check_tensor, check_values, describe
+
+IGNORE_INDEX = -1
+
+
+class TargetForm(NamedTuple):
+    """How targets are written: dense (one value for each logit), or a class index for each anchor."""
+
+    num_classes: int | None  # None: dense
+    background: int
+    ignore_index: int
+
+
+def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_index: int) -> TargetForm:
+    """Tell the form of the targets from their shape; raise TypeError or ValueError if they fit neither form."""
+    check_tensor("targets", targets, "any")
+    check_same_device(logits=logits, targets=targets)
+    for name, value in (("background", background), ("ignore_index", ignore_index)):
+        if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if targets.dtype.is_complex:
+        raise TypeError(f"targets must be integer, bool or floating, got {describe(targets)}")
+    if targets.shape == logits.shape:
+        if background is not None or ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"background and ignore_index belong to class-index targets; got background={background}, "
+                f"ignore_index={ignore_index} with dense targets {tuple(targets.shape)}, which mark 1 positive, "
+                "0 negative, -1 ignored"
+            )
+        return TargetForm(None, 0, IGNORE_INDEX)
+    if logits.ndim < 2 or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of logits, {tuple(logits.shape)} (dense), or that shape without its last "
+            f"dimension (class indices), got {tuple(targets.shape)}"
+        )
+    if targets.dtype == torch.bool or targets.dtype.is_floating_point:
+        raise TypeError(f"class-index targets must have an integer dtype, got {describe(targets)}")
+    num_classes = logits.shape[-1]
+    background = num_classes if background is None else background
+    if background == ignore_index:
+        raise ValueError(f"background and ignore_index must differ, both are {background}")
+    return TargetForm(num_classes, background, ignore_index)
+
+
+def find_positives(targets: Tensor, form: TargetForm, box_errors: Tensor) -> Tensor:
+    """Flat indices of the positives in the logits, int64 ``(P,)`` ascending, P being the number of ``box_errors``.
+
+    Raises:
+        ValueError: values of targets that mean nothing, or another number of positives than of box errors. On a GPU an
+            asynchronous device assertion, for the host does not wait for the device.
+    """
+    count = box_errors.numel()
+    targets = targets.reshape(-1)
+    if form.num_classes is None:
+        positive = targets == 1
+        valid = positive | (targets == 0)
+        if targets.dtype.is_signed:  # -1 would wrap around to the largest value of an unsigned dtype
+            valid |= targets == IGNORE_INDEX
+        meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
+    else:
+        background = targets == form.background
+        ignored = targets == form.ignore_index
+        in_range = (targets >= 0) & (targets < form.num_classes)
+        positive = in_range & ~background & ~ignored
+        valid = in_range | background | ignored
+        meaning = (
+            f"class-index targets must be a class from 0 to {form.num_classes - 1}, {form.background} (background) or "
+            f"{form.ignore_index} (ignored)"
+        )
+
+    def bad_values() -> ValueError:
+        seen = targets[~valid]
+        return ValueError(
+            f"{meaning}, got {seen.unique()[:5].tolist()} among {len(seen)} values that are none of these"
+        )
+
+    def bad_count() -> ValueError:
+        return ValueError(
+            f"box_errors must have one value for each positive, in the order of their flat index: "
+            f"got {count} box_errors, but targets mark {int(positive.sum())} positives"
+        )
+
+    check_values(valid.all(), bad_values, f"alrp_triton: {meaning}")
+    check_values(positive.sum() == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
+    index = torch.nonzero_static(positive, size=count).reshape(-1)
+    if form.num_classes is None:
+        return index
+    return index * form.num_classes + targets[index].long()
+
+
+def negative_mask(targets: Tensor, form: TargetForm, positives: Tensor) -> Tensor:
+    """Bool ``(N,)``, True where a logit is a negative."""
+    targets = targets.reshape(-1)
+    if form.num_classes is None:
+        return targets == 0
+    counted = targets != form.ignore_index
+    mask = counted.unsqueeze(-1).repeat(1, form.num_classes).reshape(-1)
+    mask[positives] = False
+    return mask
