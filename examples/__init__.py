@@ -1,0 +1,1 @@
+"""Worked examples. Run each as a module from the repository root."""

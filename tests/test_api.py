@@ -1,0 +1,91 @@
+"""What users import, with and without triton, and how the operators behave under torch's tracing."""
+
+import ast
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import alrp_triton
+from alrp_triton import alrp_loss
+from tests.cases import FINITE
+from tests.conftest import ROOT
+
+
+def test_public_names() -> None:
+    assert sorted(alrp_triton.__all__) == [
+        "ALRPLoss", "ALRPLossOutput", "ComparisonMatrix", "SelfBalance", "alrp_loss", "giou_localisation_error", "localisation_error",
+    ]  # fmt: skip
+    assert all(hasattr(alrp_triton, name) for name in alrp_triton.__all__)
+    assert all(getattr(alrp_triton, name).__doc__ for name in alrp_triton.__all__)
+    assert (ROOT / "alrp_triton" / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", alrp_triton.__version__)
+    assert f"## {alrp_triton.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_import_needs_neither_triton_nor_numpy() -> None:
+    hidden = "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a); "
+    code = hidden + (
+        "import torch, alrp_triton as a; x = torch.zeros(4, requires_grad=True); "
+        "out = a.alrp_loss(x, torch.tensor([1, 0, 0, -1]), torch.ones(1)); out.classification.backward(); print(x.grad.tolist())\n"
+        "try: a.alrp_loss(x, torch.tensor([1, 0, 0, -1]), torch.ones(1), backend='triton')\n"
+        "except ValueError as e: print(e)"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
+
+
+def test_import_is_light() -> None:
+    done = run_python(
+        "import sys, alrp_triton; print([m for m in ('triton.language', 'alrp_triton.backends.triton_tiled') if m in sys.modules and m.startswith('alrp')])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_layers_import_one_way() -> None:
+    """backends <- comparison <- functional <- modules; nothing reaches up."""
+    order = ["checks", "backends", "comparison", "targets", "functional", "boxes", "balance", "modules", "__init__"]
+    for path in (ROOT / "alrp_triton").rglob("*.py"):
+        layer = "backends" if path.parent.name == "backends" else path.stem
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = (node.module or "").split(".")[0]
+                assert order.index(target) < order.index(layer), f"{path.name} imports {target}"
+
+
+@pytest.mark.parametrize("form", ["dense", "classes"])
+def test_no_host_sync_on_a_gpu(form: str) -> None:
+    """Forward and backward trace on fake CUDA tensors, where anything that reads a value back raises."""
+    with FakeTensorMode():
+        logits = torch.randn(50, 8, device="cuda", requires_grad=True)
+        targets = torch.zeros((50, 8) if form == "dense" else 50, dtype=torch.int64, device="cuda")
+        errors = torch.rand(7, device="cuda", requires_grad=True)
+        out = alrp_loss(logits, targets, errors)
+        assert out.rank.shape == (7,)
+        one = torch.ones((), device="cuda")
+        node: Any = out.classification.grad_fn  # called by hand: autograd's engine itself wants a real GPU
+        grad_logits, grad_errors, *_ = node.apply(one, one, None, None)
+        assert (grad_logits.shape, grad_logits.device.type, grad_logits.dtype) == ((50, 8), "cuda", torch.float32)
+        assert grad_errors.shape == (7,)
+
+
+def test_deepcopy_and_pickle_of_the_module() -> None:
+    import copy
+    import pickle
+
+    module = alrp_triton.ALRPLoss(delta=0.5)
+    case = FINITE["random"]
+    arguments: list[Any] = [torch.tensor(a) for a in case[:3]]
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(*arguments).classification, module(*arguments).classification)

@@ -1,0 +1,87 @@
+"""Self-balancing: the schedule, its state, and what it must not do."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from alrp_triton import SelfBalance
+from tests.compare import assert_near
+
+
+def step(balance: SelfBalance, classification: float, localisation: float) -> float:
+    return float(balance(torch.tensor(classification), torch.tensor(localisation)))
+
+
+def test_schedule_by_hand() -> None:
+    balance = SelfBalance(period=3)
+    assert step(balance, 0.9, 0.5) == 25  # 50 at the start
+    assert step(balance, 0.8, 0.4) == 20
+    weight = (0.9 + 0.8 + 0.7 + 0.5 + 0.4 + 0.3) / (0.5 + 0.4 + 0.3)
+    assert_near(step(balance, 0.7, 0.3), weight * 0.3, 1e-6)  # from the step that ends the period on
+    assert_near(balance.weight, weight, 1e-6)
+    assert_near(step(balance, 0.6, 0.2), weight * 0.2, 1e-6)
+    assert_near(step(balance, 0.6, 0.2), weight * 0.2, 1e-6)
+    assert_near(step(balance, 0.6, 0.2), 4 * 0.2, 1e-6)  # the second period stands alone
+    assert SelfBalance(1, initial_weight=7).weight == 7
+
+
+def test_gradient_reaches_only_the_localisation() -> None:
+    balance = SelfBalance(period=1)
+    classification, localisation = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.25))
+    balance(classification, localisation).backward()
+    assert classification.grad is None
+    assert localisation.grad == 3
+
+
+def test_two_steps_before_one_backward() -> None:
+    balance = SelfBalance(period=1)
+    loss = torch.tensor(0.5, requires_grad=True)
+    total: Tensor = balance(torch.tensor(0.5), loss) + balance(torch.tensor(0.25), loss)
+    total.backward()
+    assert loss.grad == 2 + 1.5
+
+
+def test_resume_from_state_dict() -> None:
+    original = SelfBalance(period=4)
+    for i in range(6):
+        step(original, 0.9 - i / 10, 0.5)
+    buffer = io.BytesIO()
+    torch.save(original.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = SelfBalance(period=4)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for i in range(6):
+        assert step(original, 0.3, 0.1 * i) == step(resumed, 0.3, 0.1 * i)
+
+
+def test_what_leaves_the_weight_alone() -> None:
+    balance = SelfBalance(period=2)
+    for _ in range(4):
+        step(balance, 0.0, 0.0)  # batches without positives
+    assert balance.weight == 50
+    balance.eval()
+    before = copy.deepcopy(balance.state_dict())
+    assert step(balance, 0.5, 0.5) == 25
+    assert all(torch.equal(before[name], value) for name, value in balance.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_is_seen_and_forgotten(bad: float) -> None:
+    balance = SelfBalance(period=2)
+    assert not torch.tensor(step(balance, 0.5, bad)).isfinite()
+    step(balance, 0.6, 0.2)
+    assert_near(balance.weight, 4.0, 1e-6)
+
+
+def test_needs_no_host_sync() -> None:
+    """On the meta device nothing can be read back, so a step that works there reads nothing."""
+    balance = SelfBalance(period=2).to("meta")
+    loss = torch.zeros((), device="meta")
+    assert balance(loss, loss).device.type == "meta"
+
+
+def test_repr() -> None:
+    assert repr(SelfBalance(period=5)) == "SelfBalance(period=5)"

@@ -1,0 +1,55 @@
+"""What the compiler makes of the kernels, for six GPUs, without one: no spills, and two fp32 instructions a pair.
+
+Compiling is left to a process of its own, which starts with the test session: here the interpreter is on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.machine_code"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> None:
+    mine = [record for record in records if record["target"] == target]
+    assert {(r["kernel"], r["columns"], r["hard"]) for r in mine} == {
+        (kernel, columns, hard)
+        for kernel in ("matvec", "rmatvec")
+        for columns in ("fp32", "fp64", "bf16", "fp16")
+        for hard in (False, True)
+    }
+    assert [record for record in mine if record["spills"]] == []
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kernel", ["matvec", "rmatvec"])
+def test_two_instructions_a_pair(records: list[dict[str, Any]], kernel: str, hard: bool) -> None:
+    (record,) = [r for r in records if "loops" in r and (r["kernel"], r["hard"]) == (kernel, hard)]
+    pairs = record["pairs"]
+    # matvec forms x - anchor and looks for NaN once a column, and a column meets all the rows of its block.
+    once_a_column = 2 * record["columns_a_thread"] if kernel == "matvec" else 0
+    counts = sorted(sum(loop.values()) for loop in record["loops"])
+    assert counts[0] <= 2 * pairs + once_a_column, record["loops"]
+    if hard:
+        assert len(counts) == 1
+    else:  # and the loop for blocks of rows that are far apart in score
+        assert len(counts) == 2
+        assert counts[1] <= 3 * pairs + once_a_column, record["loops"]
+        (anchored,) = [loop for loop in record["loops"] if sum(loop.values()) == counts[0]]
+        assert anchored["FFMA.SAT"] == pairs  # the clamp costs nothing

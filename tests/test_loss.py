@@ -1,0 +1,303 @@
+"""alrp_loss against the oracle on every named case and backend, and the invariants of the loss."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from alrp_triton import ALRPLoss, ALRPLossOutput, alrp_loss
+from alrp_triton.comparison import Backend
+from reference.dense import Result
+from reference.dense import alrp_loss as oracle
+from tests.cases import FINITE, NOT_FINITE, Case, draw
+from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
+
+
+def run(
+    case: Case, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[ALRPLossOutput, Tensor, Tensor]:
+    """Loss and both gradients, each of its own loss with incoming gradient 1."""
+    logits = torch.tensor(case.logits, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.tensor(case.targets, device=device)
+    box_errors = torch.tensor(case.box_errors, device=device, requires_grad=True)
+    out = alrp_loss(logits, targets, box_errors, delta=case.delta, eps=case.eps, backend=backend)
+    (out.classification + out.localisation).backward()
+    assert logits.grad is not None
+    assert box_errors.grad is not None
+    return out, logits.grad, box_errors.grad
+
+
+def assert_matches(
+    out: ALRPLossOutput, grad_logits: Tensor, grad_errors: Tensor, expected: Result, tolerance: float = 1e-6
+) -> None:
+    assert_near(out.classification, expected.classification, tolerance, "classification")
+    assert_near(out.localisation, expected.localisation, tolerance, "localisation")
+    assert_near(out.rank, expected.rank, tolerance, "rank")
+    assert np.array_equal(out.order.cpu().numpy(), expected.order)
+    assert_gradient(grad_logits, expected.grad_logits, tolerance)
+    assert_near(grad_errors, expected.grad_box_errors, tolerance, "gradient of box errors")
+
+
+@pytest.mark.parametrize("name", {**FINITE, **NOT_FINITE})
+def test_against_the_oracle(name: str, backend: Backend, device: str) -> None:
+    case = {**FINITE, **NOT_FINITE}[name]
+    # Where all of FP is one small h, float32 resolves it to an absolute 1e-7 only; so does the published formula.
+    tolerance = 5e-2 if backend == "triton" and name in ("below_eps", "above_eps") else 1e-6
+    expected = oracle(*case)
+    if name == "below_eps" and backend == "triton":
+        assert_near(run(case, backend, device)[1], expected.grad_logits, 0.0)
+    assert_matches(*run(case, backend, device), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["random", "hard_ties", "initialisation", "no_positives", "infinite_negatives", "nan_negative"]
+)
+def test_dtypes(name: str, dtype: torch.dtype, backend: Backend, device: str) -> None:
+    case = {**FINITE, **NOT_FINITE}[name]
+    seen = torch.tensor(case.logits).to(dtype).float().numpy()
+    out, grad_logits, grad_errors = run(case, backend, device, dtype)
+    assert (
+        out.classification.dtype
+        == out.localisation.dtype
+        == out.rank.dtype
+        == torch.promote_types(dtype, torch.float32)
+    )
+    assert grad_logits.dtype == dtype
+    assert grad_errors.dtype == torch.float32
+    expected = oracle(*case._replace(logits=seen))
+    assert_near(out.classification, expected.classification, 1e-6)
+    assert_near(out.localisation, expected.localisation, 1e-6)
+    assert_near(out.rank, expected.rank, 1e-6)
+    assert_near(grad_logits, expected.grad_logits, TOLERANCE[dtype] if dtype != torch.float64 else 1e-12)
+    assert_near(grad_errors, expected.grad_box_errors, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["random", "ties", "hard_ties", "wide_scores", "more_than_a_block"])
+def test_invariants(name: str, backend: Backend, device: str) -> None:
+    case = FINITE[name]
+    out, grad, grad_errors = run(case, backend, device)
+    assert 0 <= out.classification <= 1
+    assert (out.rank >= 1).all()
+    assert_balanced(grad, 1e-6)
+    assert not grad[torch.tensor(case.targets, device=device) == -1].any()
+    assert (grad[torch.tensor(case.targets, device=device) == 1] <= 0).all()
+    assert (grad_errors >= 0).all()
+
+    exact = case._replace(logits=np.round(case.logits * 64) / 64)  # so that a shift by 32 rounds nothing
+    shifted = exact._replace(logits=exact.logits + 32)
+    assert_near(run(shifted, backend, device)[1], run(exact, backend, device)[1], 1e-6, "shift")
+
+    logits, targets, errors = (a[::-1].copy() for a in (case.logits, case.targets, case.box_errors))
+    turned = case._replace(logits=logits, targets=targets, box_errors=errors)
+    assert_near(run(turned, backend, device)[1].flip(0), grad, 1e-6, "permutation")
+
+
+def test_mutations_are_caught() -> None:
+    """The comparer fails on a zero gradient and on one that lost 0.1 % of its active negatives, the smallest included."""
+    case = draw(0, 20_000, 100)
+    expected = oracle(*case).grad_logits
+    _, good, _ = run(case)
+    assert_gradient(good, expected, 1e-6)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_gradient(torch.zeros_like(good), expected, 1e-6)
+    active = np.flatnonzero((case.targets == 0) & (expected > expected.max() / 100))
+    some = np.random.default_rng(0).choice(active, len(active) // 1000, replace=False)
+    dropped = good.clone()
+    dropped[torch.tensor(some)] = 0
+    for check in (lambda: assert_gradient(dropped, expected, 1e-6), lambda: assert_balanced(dropped, 1e-6)):
+        with pytest.raises(AssertionError):
+            check()
+    # A loose elementwise tolerance passes what the balance sees.
+    smallest = active[np.argsort(expected[active])[: len(active) // 1000]]
+    dropped = good.clone()
+    dropped[torch.tensor(smallest)] = 0
+    assert_near(dropped, expected, 2e-2)
+    with pytest.raises(AssertionError, match="sum to"):
+        assert_balanced(dropped, 1e-6)
+
+
+def test_incoming_gradients(backend: Backend, device: str) -> None:
+    case = FINITE["random"]
+    expected = oracle(*case)
+    logits = torch.tensor(case.logits, device=device, requires_grad=True)
+    errors = torch.tensor(case.box_errors, device=device, requires_grad=True)
+    out = alrp_loss(logits, torch.tensor(case.targets, device=device), errors, backend=backend)
+    grads = torch.autograd.grad(-3 * out.classification, [logits, errors], allow_unused=True, retain_graph=True)
+    assert_near(grads[0], -3 * expected.grad_logits, 1e-6)
+    assert grads[1] is None
+    grads = torch.autograd.grad(50 * out.localisation, [logits, errors], allow_unused=True, retain_graph=True)
+    assert grads[0] is None
+    assert_near(grads[1], 50 * expected.grad_box_errors, 1e-6)
+    grads = torch.autograd.grad([out.classification, out.localisation], [logits, errors], [torch.tensor(0.5, device=device), torch.tensor(2.0, device=device)])  # fmt: skip
+    assert_gradient(grads[0], 0.5 * expected.grad_logits, 1e-6)
+    assert_near(grads[1], 2 * expected.grad_box_errors, 1e-6)
+
+
+def test_only_the_wanted_gradient(device: str) -> None:
+    case = FINITE["random"]
+    targets = torch.tensor(case.targets, device=device)
+    for want_logits, want_errors in ((True, False), (False, True), (False, False)):
+        logits = torch.tensor(case.logits, device=device, requires_grad=want_logits)
+        errors = torch.tensor(case.box_errors, device=device, requires_grad=want_errors)
+        out = alrp_loss(logits, targets, errors)
+        assert (out.classification.requires_grad, out.localisation.requires_grad) == (want_logits, want_errors)
+        assert not out.rank.requires_grad
+        assert not out.order.requires_grad
+        if want_logits or want_errors:
+            (out.classification + out.localisation).backward()
+        assert (logits.grad is not None, errors.grad is not None) == (want_logits, want_errors)
+    with torch.no_grad():
+        out = alrp_loss(torch.tensor(case.logits, device=device, requires_grad=True), targets, errors)
+    assert not out.classification.requires_grad
+    assert_near(out.classification, oracle(*case).classification, 1e-6)
+
+
+def test_saves_its_inputs_and_little_more() -> None:
+    case = draw(0, 50_000, 10)
+    logits = torch.tensor(case.logits, requires_grad=True)
+    targets, errors = torch.tensor(case.targets), torch.tensor(case.box_errors, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        alrp_loss(logits, targets, errors)
+    inputs = {logits.data_ptr(), targets.data_ptr(), errors.data_ptr()}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in inputs) <= 10 * case.num_positives
+
+
+def test_inputs_are_left_alone(backend: Backend, device: str) -> None:
+    case = FINITE["random"]
+    arguments = [torch.tensor(a, device=device) for a in case[:3]]
+    copies = [a.clone() for a in arguments]
+    logits, targets, errors = arguments
+    out = alrp_loss(logits.requires_grad_(), targets, errors.requires_grad_(), backend=backend)
+    (out.classification + out.localisation).backward()
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
+
+
+def test_second_derivative_is_an_error() -> None:
+    case = FINITE["random"]
+    logits, errors = (torch.tensor(a, requires_grad=True) for a in (case.logits, case.box_errors))
+    out = alrp_loss(logits, torch.tensor(case.targets), errors)
+    for loss, source in ((out.classification, logits), (out.localisation, errors)):
+        (gradient,) = torch.autograd.grad(loss, source, create_graph=True)
+        with pytest.raises(RuntimeError, match="alrp_loss has no second derivative"):
+            gradient.square().sum().backward()
+
+
+def test_no_positives_stays_in_the_graph(backend: Backend, device: str) -> None:
+    weight = torch.ones((), device=device, requires_grad=True)
+    logits = torch.randn(4, 5, 6, device=device) * weight
+    errors = torch.zeros(0, device=device) * weight
+    out = alrp_loss(logits, torch.zeros(4, 5, 6, device=device), errors, backend=backend)
+    assert out.classification == 0
+    assert out.localisation == 0
+    assert out.classification.dtype == torch.float32
+    assert out.classification.device == logits.device
+    assert out.rank.shape == out.order.shape == (0,)
+    (out.classification + out.localisation).backward()
+    assert weight.grad == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16]
+)
+def test_dense_targets_of_any_dtype(dtype: torch.dtype, device: str) -> None:
+    signed = dtype not in (torch.uint8, torch.bool)
+    case = draw(1, 400, 20, ignored=0.2 if signed else 0.0)
+    targets = torch.tensor(case.targets).to(device, dtype)
+    out = alrp_loss(torch.tensor(case.logits, device=device), targets, torch.tensor(case.box_errors, device=device))
+    assert_near(out.classification, oracle(*case).classification, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(("background", "ignore_index"), [(None, -1), (255, 254), (0, 100)])
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+def test_class_indices(dtype: torch.dtype, background: int | None, ignore_index: int, shape: tuple[int, ...], backend: Backend, device: str) -> None:  # fmt: skip
+    if dtype == torch.uint8 and ignore_index < 0:
+        pytest.skip("uint8 holds no -1")
+    classes, rng = 7, np.random.default_rng(3)
+    nothing = classes if background is None else background
+    indices = rng.choice([*(c for c in range(classes) if c != nothing), nothing, ignore_index], shape)
+    dense = np.zeros((*shape, classes), np.int64)
+    for where in np.ndindex(shape):
+        if indices[where] == ignore_index:
+            dense[where] = -1
+        elif indices[where] != nothing:
+            dense[(*where, indices[where])] = 1
+    logits = rng.normal(size=dense.shape).astype(np.float32)
+    errors = rng.uniform(0, 1, int((dense == 1).sum())).astype(np.float32)
+    expected = oracle(logits, dense, errors)
+    x, e = (
+        torch.tensor(logits, device=device, requires_grad=True),
+        torch.tensor(errors, device=device, requires_grad=True),
+    )
+    out = alrp_loss(x, torch.tensor(indices, dtype=dtype, device=device), e, background=background, ignore_index=ignore_index, backend=backend)  # fmt: skip
+    (out.classification + out.localisation).backward()
+    assert x.grad is not None
+    assert e.grad is not None
+    assert_matches(out, x.grad.reshape(-1), e.grad, expected)
+
+
+def test_one_class_index_form() -> None:
+    """(A, 1) logits with (A,) indices: 0 is the class, 1 is background."""
+    logits = torch.randn(50, 1)
+    indices = (torch.rand(50) < 0.8).long()
+    errors = torch.rand(int((indices == 0).sum()))
+    by_index = alrp_loss(logits, indices, errors)
+    dense = alrp_loss(logits, 1 - indices[:, None], errors)
+    assert torch.equal(by_index.classification, dense.classification)
+
+
+def test_any_shape_and_stride(backend: Backend, device: str) -> None:
+    case = FINITE["random"]
+    shape = (10, 20, 5)
+    logits = torch.tensor(case.logits, device=device).reshape(shape).permute(2, 0, 1)
+    targets = torch.tensor(case.targets, device=device).reshape(shape).permute(2, 0, 1)
+    assert not logits.is_contiguous()
+    flat = case._replace(logits=logits.flatten().cpu().numpy(), targets=targets.flatten().cpu().numpy())
+    leaf = logits.detach().requires_grad_()
+    out = alrp_loss(leaf, targets, torch.tensor(case.box_errors, device=device), backend=backend)
+    out.classification.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.shape == leaf.shape
+    assert_gradient(leaf.grad.flatten(), oracle(*flat).grad_logits, 1e-6)
+
+
+def test_autocast(device: str) -> None:
+    weight = torch.randn(16, 8, device=device, requires_grad=True)
+    features, targets = torch.randn(100, 16, device=device), (torch.rand(100, 8, device=device) < 0.1).long()
+    errors = torch.rand(int(targets.sum()), device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        logits = features @ weight
+        assert logits.dtype == torch.bfloat16
+        out = alrp_loss(logits, targets, errors)
+        loss = out.classification + out.localisation
+    loss.backward()
+    expected = oracle(as_numpy(logits), as_numpy(targets), as_numpy(errors))
+    assert out.classification.dtype == torch.float32
+    assert_near(out.classification, expected.classification, 1e-6)
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert_near(weight.grad, as_numpy(features).T @ expected.grad_logits.reshape(100, 8), 3e-2)
+
+
+def test_module_calls_the_function() -> None:
+    case = FINITE["random"]
+    arguments = [torch.tensor(a) for a in case[:3]]
+    module = ALRPLoss(delta=0.5, eps=1e-3, backend="torch")
+    expected = alrp_loss(*arguments, delta=0.5, eps=1e-3, backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(module(*arguments), expected, strict=True))
+    assert repr(module) == "ALRPLoss(delta=0.5, eps=0.001, background=None, ignore_index=-1, backend='torch')"
+    assert not module.state_dict()
+
+
+def test_a_detector_learns_to_rank() -> None:
+    """Gradient steps on the logits themselves bring positives to the top and drive the loss to 0."""
+    logits = torch.zeros(300, requires_grad=True)
+    targets = (torch.arange(300) % 30 == 0).long()
+    errors = torch.full((10,), 0.3)
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(alrp_loss(logits, targets, errors).classification, logits)
+        logits = (logits - 10 * gradient).detach().requires_grad_()
+    assert alrp_loss(logits, targets, errors).classification < 0.01
+    assert logits[targets == 1].min() > logits[targets == 0].max()

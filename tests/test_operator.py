@@ -1,0 +1,204 @@
+"""The comparison matrix: both products of each backend against the dense matrix, and what must hold by itself."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import alrp_triton
+from alrp_triton import ComparisonMatrix
+from alrp_triton.comparison import Backend
+from reference import comparison_matrix
+from tests.compare import TOLERANCE, as_numpy, assert_near
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DELTAS = [1.0, 0.1, 1e-3, 0.0]
+
+
+def draw(p: int, n: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randn(k, generator=generator).to(device, dtype) for k in (p, n))
+    return rows, columns, (torch.rand(n, generator=generator) < 0.8).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", DELTAS)
+def test_both_products(backend: Backend, device: str, dtype: torch.dtype, delta: float) -> None:
+    n = 2500 if dtype == torch.float32 else 700  # more than one tile in each direction either way
+    rows, columns, mask = draw(70, n, dtype, device)
+    h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+    keep = as_numpy(mask)
+    working = TOLERANCE[dtype if dtype == torch.float64 else torch.float32]
+    w = torch.rand(70, device=device)
+    v = torch.randn(n, device=device)
+    matrix = ComparisonMatrix(rows, columns, mask=mask, delta=delta, backend=backend)
+    assert_near(matrix.matvec(), h @ keep, working)
+    assert_near(matrix.matvec(v), h @ (keep * as_numpy(v)), 4 * working)
+    product = matrix.rmatvec(w)
+    assert product.dtype == dtype
+    assert_near(product, as_numpy(w) @ h * keep, TOLERANCE[dtype])
+    unmasked = matrix.against(columns)
+    assert_near(unmasked.matvec(), h.sum(1), working)
+    assert_near(unmasked.rmatvec(w), as_numpy(w) @ h, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("p", "n"), [(1, 1), (1, 3000), (33, 1), (64, 2048), (65, 2049), (200, 300), (3, 255)])
+@pytest.mark.parametrize("delta", [1.0, 0.0])
+def test_sizes(backend: Backend, device: str, p: int, n: int, delta: float) -> None:
+    rows, columns, _ = draw(p, n, torch.float32, device, seed=p + n)
+    h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+    matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+    assert matrix.shape == (p, n)
+    assert_near(matrix.matvec(), h.sum(1), 1e-6)
+    assert_near(matrix.rmatvec(torch.ones(p, device=device)), h.sum(0), 1e-6)
+
+
+@pytest.mark.parametrize(("p", "n"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(backend: Backend, device: str, p: int, n: int) -> None:
+    matrix = ComparisonMatrix(torch.zeros(p, device=device), torch.zeros(n, device=device), backend=backend)
+    assert torch.equal(matrix.matvec(), torch.zeros(p, dtype=torch.float64, device=device))
+    assert torch.equal(matrix.rmatvec(torch.ones(p, device=device)), torch.zeros(n, device=device))
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+def test_adjoint_identity(backend: Backend, device: str, delta: float) -> None:
+    rows, columns, mask = draw(90, 1500, torch.float32, device)
+    matrix = ComparisonMatrix(rows, columns, mask=mask, delta=delta, backend=backend)
+    v, w = torch.randn(1500, device=device).double(), torch.randn(90, device=device).double()
+    left, right = (matrix.matvec(v) * w).sum(), (v * matrix.rmatvec(w)).sum()
+    scale = (matrix.matvec(v.abs()) * w.abs()).sum()
+    assert abs(left - right) <= 1e-7 * scale
+
+
+@pytest.mark.parametrize(
+    ("spread", "delta"), [(1e30, 1.0), (1e30, 1e30), (1e-30, 1e-30), (1.0, 1e-30), (1.0, 1e30), (1e-30, 0.0)]
+)
+def test_extreme_magnitudes(backend: Backend, device: str, spread: float, delta: float) -> None:
+    rows, columns, _ = draw(80, 1000, torch.float32, device)
+    rows, columns = rows * spread, columns * spread
+    columns[::7] = rows[3]  # equality matters most where delta is beyond the resolution
+    columns[:4] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0])
+    h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+    matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+    assert_near(matrix.matvec(), h.sum(1), 1e-6)
+    assert_near(matrix.rmatvec(torch.ones(80, device=device)), h.sum(0), 1e-6)
+
+
+def test_rows_of_mixed_magnitude(backend: Backend, device: str) -> None:
+    scale = 10.0 ** torch.arange(-30, 30, device=device).float()
+    rows = torch.cat([-scale, scale])
+    columns = torch.cat([rows, rows * 1.0000002, torch.zeros(1, device=device)])
+    for delta in (1.0, 1e-20, 0.0):
+        h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+        matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+        assert_near(matrix.matvec(), h.sum(1), 1e-6)
+        assert_near(matrix.rmatvec(torch.ones(120, device=device)), h.sum(0), 1e-6)
+
+
+def test_nan_is_never_hidden(backend: Backend, device: str) -> None:
+    rows, columns, mask = draw(40, 600, torch.float32, device)
+    for delta in (1.0, 0.0):
+        bad = columns.clone()
+        bad[7] = torch.nan
+        mask[7] = True
+        matrix = ComparisonMatrix(rows, bad, mask=mask, delta=delta, backend=backend)
+        assert matrix.matvec().isnan().all()
+        assert torch.equal(matrix.rmatvec(torch.ones(40, device=device)).isnan(), bad.isnan())
+        mask[7] = False  # a column that takes no part is not looked at
+        matrix = ComparisonMatrix(rows, bad, mask=mask, delta=delta, backend=backend)
+        assert matrix.matvec().isfinite().all()
+        assert matrix.rmatvec(torch.ones(40, device=device)).isfinite().all()
+        for value in (torch.nan, torch.inf, -torch.inf):
+            wrong = rows.clone()
+            wrong[5] = value
+            matrix = ComparisonMatrix(wrong, columns - 100, mask=mask, delta=delta, backend=backend)
+            assert matrix.matvec().isnan().all()
+            assert torch.equal(matrix.rmatvec(torch.ones(40, device=device)).isnan(), mask)
+        weights = torch.ones(40, device=device)
+        weights[0] = torch.nan
+        matrix = ComparisonMatrix(rows, columns - 100, mask=mask, delta=delta, backend=backend)
+        assert torch.equal(matrix.rmatvec(weights).isnan(), mask)
+
+
+def test_repeatable(backend: Backend, device: str) -> None:
+    rows, columns, mask = draw(80, 3000, torch.float32, device)
+    matrix = ComparisonMatrix(rows, columns, mask=mask, backend=backend)
+    first = matrix.matvec(), matrix.rmatvec(matrix.matvec())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    second = matrix.matvec(), matrix.rmatvec(matrix.matvec())
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_in_any_order(backend: Backend, device: str) -> None:
+    rows, columns, _ = draw(100, 400, torch.float32, device)
+    shuffle = torch.randperm(100).to(device)
+    matrix, shuffled = (ComparisonMatrix(r, columns, backend=backend) for r in (rows, rows[shuffle]))
+    assert torch.equal(matrix.matvec()[shuffle], shuffled.matvec())
+    w = torch.rand(100, device=device)
+    assert torch.equal(matrix.rmatvec(w), shuffled.rmatvec(w[shuffle]))
+    assert torch.equal(rows[matrix.order], rows.sort().values)
+
+
+def test_columns_of_any_shape_and_stride(backend: Backend, device: str) -> None:
+    rows, columns, mask = draw(20, 600, torch.float32, device)
+    flat = ComparisonMatrix(rows, columns, mask=mask, backend=backend)
+    grid, grid_mask = columns.reshape(20, 30).t(), mask.reshape(20, 30).t()
+    assert not grid.is_contiguous()
+    matrix = ComparisonMatrix(rows, grid, mask=grid_mask, backend=backend)
+    w = torch.rand(20, device=device)
+    assert_near(matrix.matvec(), flat.matvec(), 1e-6)
+    assert torch.equal(matrix.rmatvec(w), flat.rmatvec(w).reshape(20, 30).t())
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.0])
+def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> None:
+    rows, columns, mask = draw(12, 100, torch.float32, device)
+    rows = rows.double().sort().values
+    tests = ("test_schema", "test_faketensor")
+    for weights in (None, mask, torch.rand(100, device=device)):
+        torch.library.opcheck(torch.ops.alrp_triton.matvec, (rows, columns, weights, delta, backend), test_utils=tests)
+    for keep in (None, mask):
+        torch.library.opcheck(
+            torch.ops.alrp_triton.rmatvec, (rows, rows, columns, keep, delta, backend), test_utils=tests
+        )
+
+
+def test_auto_is_torch_on_the_cpu() -> None:
+    rows, columns, _ = draw(12, 100, torch.float32, "cpu")
+    auto, named = (ComparisonMatrix(rows, columns, backend=b).matvec() for b in ("auto", "torch"))
+    assert torch.equal(auto, named)
+    assert np.isfinite(as_numpy(auto)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": [1.0]}, TypeError, "rows must be a torch.Tensor, got list"),
+        ({"rows": torch.zeros(2, 2)}, ValueError, r"rows must have shape \(P,\), got \(2, 2\)"),
+        ({"columns": torch.zeros(3, dtype=torch.int32)}, TypeError, "columns must be float16, .* got int32"),
+        ({"mask": torch.zeros(3)}, TypeError, "mask must be bool, got float32"),
+        (
+            {"mask": torch.zeros(4, dtype=torch.bool)},
+            ValueError,
+            r"mask must have the shape of columns, \(3,\), got \(4,\)",
+        ),
+        ({"delta": -1.0}, ValueError, "delta must be at least 0 and finite, got -1"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+    ],
+)
+def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"rows": torch.zeros(2), "columns": torch.zeros(3)} | change
+    with pytest.raises(error, match=message):
+        alrp_triton.ComparisonMatrix(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_bad_vectors() -> None:
+    matrix = ComparisonMatrix(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"v must have the shape of columns, \(3,\), got \(2,\)"):
+        matrix.matvec(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"w must have shape \(2,\), got \(3,\)"):
+        matrix.rmatvec(torch.zeros(3))
+    with pytest.raises(TypeError, match="w must be float16"):
+        matrix.rmatvec(torch.zeros(2, dtype=torch.int64))

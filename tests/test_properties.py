@@ -1,0 +1,59 @@
+"""Random cases of every kind against the oracle."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alrp_triton import ComparisonMatrix
+from reference import comparison_matrix
+from reference.dense import alrp_loss as oracle
+from tests.cases import make
+from tests.compare import assert_near
+from tests.conftest import DEVICE
+from tests.test_loss import assert_matches, run
+
+# Few distinct values make ties; many make none.
+LOGITS = st.one_of(
+    st.integers(-8, 8).map(lambda k: k / 4), st.floats(-20, 20, width=32), st.floats(-(2.0**100), 2.0**100, width=32)
+)
+DELTAS = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(2.0**-20, 50))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    entries=st.lists(st.tuples(LOGITS, st.sampled_from([1, 0, 0, -1]), st.floats(0, 2, width=32)), max_size=60),
+    delta=DELTAS,
+)
+def test_loss_against_the_oracle(entries: list[tuple[float, int, float]], delta: float) -> None:
+    logits = np.array([e[0] for e in entries], np.float32)
+    targets = np.array([e[1] for e in entries], np.int64)
+    case = make(logits, targets, delta, [e[2] for e in entries if e[1] == 1])
+    expected = oracle(*case)
+    # The threshold eps makes the update jump: leave out what rounding may push across it.
+    near = [
+        h for h in comparison_matrix(logits[targets == 1], logits[targets == 0], delta).sum(1) if 0.9e-5 < h < 1.1e-5
+    ]
+    if not near:
+        assert_matches(*run(case, "torch", DEVICE), expected, 2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    p=st.integers(1, 80),
+    n=st.integers(1, 600),
+    delta=DELTAS,
+    grid=st.sampled_from([0, 1, 8]),
+)
+def test_backends_agree(seed: int, p: int, n: int, delta: float, grid: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randn(k, generator=generator) * 3 for k in (p, n))
+    if grid:
+        rows, columns = ((t * grid).round() / grid for t in (rows, columns))
+    mask = torch.rand(n, generator=generator) < 0.9
+    w = torch.rand(p, generator=generator)
+    rows, columns, mask, w = (t.to(DEVICE) for t in (rows, columns, mask, w))
+    binned, tiled = (ComparisonMatrix(rows, columns, mask=mask, delta=delta, backend=b) for b in ("torch", "triton"))
+    assert_near(tiled.matvec(), binned.matvec(), 2e-6)
+    assert_near(tiled.rmatvec(w), binned.rmatvec(w), 2e-6)
