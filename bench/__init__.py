@@ -1,0 +1,1 @@
+"""Benchmark of the whole aLRP Loss, forward and backward, behind a correctness gate; ``python -m bench --help``."""
