@@ -1,0 +1,54 @@
+# Every target sets up what it needs, in a virtual environment of its own: .venv, or .venv-cpu for torch's CPU build.
+PYTHON ?= python3
+RUN := .venv/bin/python
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-cpu lint bench figure1 install-check clean
+
+help:  ## List the targets
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
+
+demo: .venv/.demo  ## Train a RetinaNet with aLRP Loss on scenes of handwritten digits; pictures and figures in demo/
+	$(RUN) -m examples.digits --out demo
+
+test: .venv/.test .venv/.demo  ## Run the test suite with coverage (Triton's interpreter and compiler; a GPU if there is one)
+	$(RUN) -m pytest --cov --cov-report=term $(PYTEST)
+
+test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
+	.venv-cpu/bin/python -m pytest $(PYTEST)
+
+lint: .venv/.test .venv/.demo .venv/.lint  ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: .venv/.bench  ## Sweep anchor counts; writes bench/results/DEVICE.json and prints the table
+	$(RUN) -m bench $(BENCH)
+
+figure1: .venv/.demo  ## Reproduce Figure 1 of the paper
+	$(RUN) -m examples.figure1
+
+install-check:  ## Build sdist and wheel, install the wheel without triton beside it, use it
+	rm -rf .venv-install dist && $(PYTHON) -m venv .venv-install
+	.venv-install/bin/python $(PIP) build torch==2.13.0
+	.venv-install/bin/python -m build --outdir dist . > /dev/null
+	.venv-install/bin/python $(PIP) dist/*.whl
+	cd .venv-install && bin/python -W error -c "import torch, alrp_triton as a; \
+	  print(a.__version__, a.alrp_loss(torch.zeros(4), torch.tensor([1, 0, 0, -1]), torch.ones(1)).classification)"
+
+clean:  ## Remove all that was made here
+	rm -rf .venv .venv-cpu .venv-install dist build demo .coverage .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.%: pyproject.toml | .venv/bin/python
+	$(RUN) $(PIP) --editable ".[$*]"
+	@touch $@
+
+.venv-cpu/.test: pyproject.toml
+	$(PYTHON) -m venv .venv-cpu
+	.venv-cpu/bin/python $(PIP) torch==2.13.0
+	.venv-cpu/bin/python $(PIP) --editable ".[test]"
+	@touch $@
