@@ -44,7 +44,8 @@ def compile_kernel(name: str, target: str, *, hard: bool, columns: str = "fp32")
         "columns_ptr": f"*{columns}",
     }
     if name == "matvec":
-        kernel, tile = triton_tiled.matvec_kernel, triton_tiled.FORWARD_TILE[working]
+        tiles = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
+        kernel, tile = triton_tiled.matvec_kernel, tiles[working]
         # Counting negatives, the weights are a mask; the float64 products are those of box errors.
         types |= {"weights_ptr": "*fp64" if columns == "fp64" else "*u8", "partial_ptr": f"*{rows}"}
     else:
@@ -109,7 +110,13 @@ def matrix() -> list[dict[str, Any]]:
         for target in TARGETS:
             for columns, hard in variants:
                 compiled = compile_kernel(kernel, target, hard=hard, columns=columns)
-                record: dict[str, Any] = {"kernel": kernel, "target": target, "columns": columns, "hard": hard, **resources(compiled)}
+                record: dict[str, Any] = {
+                    "kernel": kernel,
+                    "target": target,
+                    "columns": columns,
+                    "hard": hard,
+                    **resources(compiled),
+                }
                 if target == "sm_90" and columns == "fp32":
                     tiles = triton_tiled.FORWARD_TILE if kernel == "matvec" else triton_tiled.TRANSPOSE_TILE
                     tile, threads = tiles[torch.float32], 32 * triton_tiled.WARPS

@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets: 64 pairs a thread at 128
-# threads in float32, as much as fits without spills in float64 (which only the P x P products and float64 logits use).
+# Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
+# 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only the P x P products
+# and float64 logits use). On AMD the rows of a tile live in scalar registers; half the columns leave enough of them.
 FORWARD_TILE = {torch.float32: {"ROWS": 32, "COLUMNS": 256}, torch.float64: {"ROWS": 16, "COLUMNS": 128}}
+FORWARD_TILE_AMD = FORWARD_TILE | {torch.float32: {"ROWS": 32, "COLUMNS": 128}}
 TRANSPOSE_TILE = {
     torch.float32: {"ROWS": 64, "CHUNK": 4, "COLUMNS": 2048},
-    torch.float64: {"ROWS": 64, "CHUNK": 8, "COLUMNS": 256},
+    torch.float64: {"ROWS": 64, "CHUNK": 2, "COLUMNS": 1024},
 }
 WARPS = 4
 # The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
@@ -176,7 +178,7 @@ def _working(columns: Tensor) -> torch.dtype:
 def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
     """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.comparison`."""
     p, n, working = rows.numel(), columns.numel(), _working(columns)
-    tile = FORWARD_TILE[working]
+    tile = (FORWARD_TILE_AMD if torch.version.hip else FORWARD_TILE)[working]
     blocks = triton.cdiv(p, tile["ROWS"])
     tiles = triton.cdiv(n, tile["COLUMNS"])
     span = triton.cdiv(tiles, max(1, min(tiles, _SPLITS // blocks))) * tile["COLUMNS"]
