@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, that is before their first use
+
+settings.register_profile("ci", derandomize=True)  # what fails in CI fails for everybody
+if "CI" in os.environ:
+    settings.load_profile("ci")
 
 
 @pytest.fixture

@@ -181,7 +181,8 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     tile = (FORWARD_TILE_AMD if torch.version.hip else FORWARD_TILE)[working]
     blocks = triton.cdiv(p, tile["ROWS"])
     tiles = triton.cdiv(n, tile["COLUMNS"])
-    span = triton.cdiv(tiles, max(1, min(tiles, _SPLITS // blocks))) * tile["COLUMNS"]
+    most = max(_SPLITS // blocks, 1 + n // 2**30)  # offsets within a split are 32-bit
+    span = triton.cdiv(tiles, min(tiles, most)) * tile["COLUMNS"]
     splits = triton.cdiv(n, span)
     partial = torch.empty(splits, p, dtype=working, device=rows.device)
     with torch.cuda.device_of(rows):
