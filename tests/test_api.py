@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,8 +83,8 @@ class Context:
 @pytest.mark.parametrize("form", ["dense", "classes"])
 def test_no_host_sync_on_a_gpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward trace on fake CUDA tensors, where anything that reads a value back raises."""
-    context, function = Context(), functional._ALRPLoss
-    monkeypatch.setattr(function, "apply", lambda *arguments: function.forward(context, *arguments))
+    context, function = Context(), functional._ALRPLoss  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(function, "apply", partial(function.forward, context))
     with FakeTensorMode():
         logits = torch.randn(50, 8, device="cuda")
         targets = torch.zeros((50, 8) if form == "dense" else 50, dtype=torch.int64, device="cuda")
