@@ -20,7 +20,7 @@ from .figures import save_detections, save_losses
 from .scenes import compose_scene, split_digits
 from .train import BALANCE_PERIOD, train
 
-ITERATIONS = 500
+ITERATIONS = 400
 GOAL = 0.7
 """AP50 on held-out scenes below which the demo counts as failed."""
 
