@@ -1,9 +1,11 @@
 """Self-balancing of the two parts of aLRP Loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number, check_tensor
+from .checks import check_integer, check_number, check_tensor
 
 
 class SelfBalance(nn.Module):
@@ -13,8 +15,8 @@ class SelfBalance(nn.Module):
     (mean localisation + mean classification) / mean localisation, and applies from that very step on, as published.
     The state lives in buffers: it is in the ``state_dict``, survives a resume, moves with the module, and no step waits
     for the device. Steps whose losses are not finite (say, an overflow that a gradient scaler skips) are left out of
-    the means, and a period whose mean localisation is 0 leaves the weight as it is. In ``eval`` mode the weight is
-    applied and nothing is recorded.
+    the means, and a period that gives no finite weight (a mean localisation of 0) leaves it as it is. In ``eval``
+    mode the weight is applied and nothing is recorded. The state stays float32 when the module is cast.
 
     Args:
         period: number of steps between two updates, at least 1; published: an epoch (3665 steps of 32 images of COCO).
@@ -37,16 +39,12 @@ class SelfBalance(nn.Module):
 
     def __init__(self, period: int, *, initial_weight: float = 50.0) -> None:
         super().__init__()
-        if isinstance(period, bool) or not isinstance(period, int):
-            raise TypeError(f"period must be an int, got {type(period).__name__}")
-        if period < 1:
-            raise ValueError(f"period must be at least 1, got {period}")
-        check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max)
-        self.period = period
-        self.register_buffer("weight", torch.tensor(float(initial_weight)))
+        self.period = check_integer("period", period, 1, 2**62)
+        initial_weight = check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max)
+        self.register_buffer("weight", torch.tensor(initial_weight, dtype=torch.float32))
         self.register_buffer("steps", torch.tensor(0))
-        self.register_buffer("classification_sum", torch.tensor(0.0))
-        self.register_buffer("localisation_sum", torch.tensor(0.0))
+        self.register_buffer("classification_sum", torch.tensor(0.0, dtype=torch.float32))
+        self.register_buffer("localisation_sum", torch.tensor(0.0, dtype=torch.float32))
 
     def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
         """Record both raw losses (0-d); return the weighted localisation loss, differentiable in ``localisation``."""
@@ -65,11 +63,20 @@ class SelfBalance(nn.Module):
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)
         self.steps += 1
-        ended = self.steps == self.period
-        balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum
-        self.weight.copy_(torch.where(ended & (self.localisation_sum > 0), balanced, self.weight))
+        ended = self.steps >= self.period  # beyond it after a resume with a shorter period
+        balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum  # NaN or inf for 0
+        self.weight.copy_(torch.where(ended & balanced.isfinite(), balanced, self.weight))
         for total in (self.steps, self.classification_sum, self.localisation_sum):
             total.masked_fill_(ended, 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SelfBalance":
+        """Move the state, but keep it float32: half precision would stop counting within a period."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, moved in list(self.named_buffers()):
+            if moved.dtype != before[name].dtype:
+                setattr(self, name, before[name].to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         return f"period={self.period}"

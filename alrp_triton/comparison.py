@@ -11,7 +11,7 @@ Contract of the two operators, the same for every backend:
 
 * ``rows`` is float64, ascending; ``columns`` float16, bfloat16, float32 or float64 of any shape.
 * ``matvec(rows, columns, weights, delta, backend)``: y_i = sum_j H_ij v_j, float64 ``(P,)``. ``weights`` is v: None
-  (all ones), a bool mask, or floats, in the shape of the columns. Where a mask is False the column is not looked at.
+  (all ones), a bool mask, or floats, in the shape of the columns. A column of weight 0 or False is not looked at.
 * ``rmatvec(rows, weights, columns, mask, delta, backend)``: g_j = sum_i H_ij w_i in the dtype and shape of the columns,
   0 where the mask is False.
 * A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN. The weights of ``rmatvec``
@@ -51,10 +51,15 @@ def _backend_module(name: str) -> ModuleType:
     )
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raise ValueError, saying why, if ``backend`` is unknown or cannot run on tensors of ``device``."""
+def check_backend_name(backend: object) -> None:
+    """Raise ValueError if ``backend`` is unknown."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ValueError, saying why, if ``backend`` is unknown or cannot run on tensors of ``device``."""
+    check_backend_name(backend)
     if backend == "triton":
         if not _HAS_TRITON:
             raise ValueError("backend='triton' needs the package triton, which is not installed (pip install triton)")
@@ -108,12 +113,13 @@ class ComparisonMatrix:
     define their own gradients.
 
     Args:
-        rows: scores s of the positives, ``(P,)``, any float dtype, in any order, ties allowed. A row that is not finite
+        rows: scores s of the positives, ``(P,)``, any float dtype, in any order, ties allowed; values of the columns'
+            dtype, for the Triton kernels compute in float32 unless the columns are float64. A row that is not finite
             makes every product NaN, for a rank among such scores has no meaning.
         columns: logits x, N elements in any shape; float16, bfloat16, float32 or float64. They are read in place if
             contiguous. ``-inf`` and ``+inf`` behave as the step says; NaN makes ``matvec`` NaN.
         mask: bool, shape of ``columns``; True where the column takes part. None: all do.
-        delta: half-width of the step, 0 or in [2**-126, 2**126].
+        delta: half-width of the step, 0 or in [2**-126, 2**125].
         backend: ``"auto"`` (``"triton"`` on CUDA and ROCm where triton is installed, else ``"torch"``), ``"triton"`` or
             ``"torch"``.
 
@@ -136,13 +142,14 @@ class ComparisonMatrix:
         check_tensor("rows", rows, "floating")
         if rows.ndim != 1:
             raise ValueError(f"rows must have shape (P,), got {tuple(rows.shape)}")
+        self._rows = rows
         self.backend: Backend = backend
+        self._set_columns(columns, mask, delta)
         self.order: Tensor
         """Ascending, stable argsort of the rows, int64 ``(P,)``."""
         self._rows, self.order = rows.detach().double().sort(stable=True)
         # 0 if all rows are finite, else NaN: added to a product, it says what no backend has to look for.
         self._poison = (self._rows * 0).sum()
-        self._set_columns(columns, mask, delta)
 
     def _set_columns(self, columns: Tensor, mask: Tensor | None, delta: float) -> None:
         self.delta = check_delta(delta)
@@ -179,7 +186,8 @@ class ComparisonMatrix:
         """H v: for each row the sum of H_ij v_j over the columns that take part.
 
         Args:
-            v: floats in the shape of ``columns``; None stands for ones, so that the result counts columns.
+            v: floats in the shape of ``columns``; None stands for ones, so that the result counts columns. Where v is
+                0 a column takes no part.
 
         Returns:
             float64 ``(P,)``, in the order of ``rows``.

@@ -85,7 +85,7 @@ class _ALRPLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, box_errors, targets, positives, scores, rank, error, share)
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(torch.promote_types(logits.dtype, box_errors.dtype), torch.float32)
-        order, rank = to_negatives.order, rank.to(dtype)
+        order, rank = to_negatives.order, rank.to(dtype, copy=True)  # the caller may write into it
         classification, localisation = classification.to(dtype), localisation.to(dtype)
         wanted = zip(ctx.needs_input_grad[:2], (classification, localisation), strict=True)
         ctx.mark_non_differentiable(rank, order, *(loss for needed, loss in wanted if not needed))
@@ -145,7 +145,8 @@ def alrp_loss(
     respect to ``box_errors`` flows through ``localisation``, the ranks being held constant.
 
     Args:
-        logits: pre-sigmoid scores, N elements in any shape, contiguous or not; float16, bfloat16, float32 or float64.
+        logits: pre-sigmoid scores, N elements in any shape, contiguous or not; float16, bfloat16, float32 or float64
+            (there, up to 1e300 in magnitude: beyond, sums overflow and the result is NaN).
         targets: on the device of the logits, in one of two forms.
             Dense: the shape of ``logits``, any integer, bool or floating dtype; 1 positive, 0 negative, -1 ignored.
             Class indices: ``logits.shape[:-1]`` for C = ``logits.shape[-1]`` classes, any integer dtype; the class of
@@ -153,7 +154,7 @@ def alrp_loss(
             all of them negative; ``ignore_index`` leaves all of them out.
         box_errors: localisation errors E of the positives, ``(P,)``, in the order of their flat index in ``logits``,
             floating; (1 - IoU) / (1 - tau), see :func:`alrp_triton.localisation_error`. May require no gradient.
-        delta: half-width of the step, the loss' one hyperparameter; 0 (a hard step) or in [2**-126, 2**126].
+        delta: half-width of the step, the loss' one hyperparameter; 0 (a hard step) or in [2**-126, 2**125].
         eps: a positive with FP_i <= eps is at its place already and causes no gradient.
         background: the class index that stands for background; default C.
         ignore_index: the class index that stands for an ignored anchor.
@@ -165,15 +166,16 @@ def alrp_loss(
         logits, box_errors and float32; ``order`` ``(P,)`` int64.
 
     Defined behaviour:
-        * No positives: both losses are 0 and connected to the graph; all gradients are 0.
+        * No positives: both losses are 0 whatever the logits, each connected to the graph if its input requires a
+          gradient; all gradients are 0.
         * No negatives, everything ignored, N = 0: as the formulas say, no NaN.
         * Ties: equal scores see each other with h(0), 1/2 for delta > 0 and 1 for delta = 0; in ``localisation`` equal
           positives count for each other both ways; ``order`` is stable. Values and gradients do not depend on the order
           of the input, but for rounding.
         * NaN in a positive's or negative's logit, +-inf in a positive's logit: both losses and the gradients of all
-          logits that count are NaN. NaN in a box error: ``localisation`` is NaN, and so are the gradients of all logits
-          but of positives with FP_i <= eps. -inf and +inf negatives behave as the step says. Ignored logits are not
-          looked at, and get gradient 0.
+          logits that count are NaN. NaN or +-inf in a box error: ``localisation`` is NaN, and so is every update that
+          contains it: those of positives with FP_i > eps and, if there is one, of the negatives. -inf and +inf
+          negatives behave as the step says. Ignored logits are not looked at, and get gradient 0.
         * Second derivatives raise RuntimeError.
 
     Raises:

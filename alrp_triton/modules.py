@@ -5,9 +5,9 @@ import math
 from torch import Tensor, nn
 
 from .checks import check_delta, check_number
-from .comparison import Backend
+from .comparison import Backend, check_backend_name
 from .functional import DELTA, EPS, ALRPLossOutput, alrp_loss
-from .targets import IGNORE_INDEX
+from .targets import IGNORE_INDEX, check_indices
 
 
 class ALRPLoss(nn.Module):
@@ -32,6 +32,8 @@ class ALRPLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_indices(background, ignore_index)
+        check_backend_name(backend)
         self.delta = check_delta(delta)
         self.eps = check_number("eps", eps, 0.0, math.inf)
         self.background = background

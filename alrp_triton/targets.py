@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_same_device, check_tensor, check_values, describe
+from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tensor, check_values, describe
 
 IGNORE_INDEX = -1
 
@@ -18,15 +18,19 @@ class TargetForm(NamedTuple):
     ignore_index: int
 
 
+def check_indices(background: object, ignore_index: object) -> None:
+    """Raise TypeError or ValueError unless both are int64 numbers that differ; ``background`` may be None."""
+    bounds = torch.iinfo(torch.int64)
+    ignored = check_integer("ignore_index", ignore_index, bounds.min, bounds.max)
+    if background is not None and check_integer("background", background, bounds.min, bounds.max) == ignored:
+        raise ValueError(f"background and ignore_index must differ, both are {background}")
+
+
 def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_index: int) -> TargetForm:
     """Tell the form of the targets from their shape; raise TypeError or ValueError if they fit neither form."""
-    check_tensor("targets", targets, "any")
+    check_tensor("targets", targets, "target")
     check_same_device(logits=logits, targets=targets)
-    for name, value in (("background", background), ("ignore_index", ignore_index)):
-        if isinstance(value, bool) or not isinstance(value, (int, type(None))):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if targets.dtype.is_complex:
-        raise TypeError(f"targets must be integer, bool or floating, got {describe(targets)}")
+    check_indices(background, ignore_index)
     if targets.shape == logits.shape:
         if background is not None or ignore_index != IGNORE_INDEX:
             raise ValueError(
@@ -40,13 +44,20 @@ def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_i
             f"targets must have the shape of logits, {tuple(logits.shape)} (dense), or that shape without its last "
             f"dimension (class indices), got {tuple(targets.shape)}"
         )
-    if targets.dtype == torch.bool or targets.dtype.is_floating_point:
+    if targets.dtype not in INTEGER_DTYPES:
         raise TypeError(f"class-index targets must have an integer dtype, got {describe(targets)}")
     num_classes = logits.shape[-1]
-    background = num_classes if background is None else background
+    background = num_classes if background is None else int(background)
     if background == ignore_index:
-        raise ValueError(f"background and ignore_index must differ, both are {background}")
-    return TargetForm(num_classes, background, ignore_index)
+        raise ValueError(
+            f"ignore_index must differ from the number of classes, which is background; both are {background}"
+        )
+    return TargetForm(num_classes, background, int(ignore_index))
+
+
+def _flatten(targets: Tensor, form: TargetForm) -> Tensor:
+    """Targets as a vector. Class indices are widened: a number of classes would wrap around in a narrow dtype."""
+    return targets.reshape(-1) if form.num_classes is None else targets.reshape(-1).long()
 
 
 def find_positives(targets: Tensor, form: TargetForm, box_errors: Tensor) -> Tensor:
@@ -57,7 +68,7 @@ def find_positives(targets: Tensor, form: TargetForm, box_errors: Tensor) -> Ten
             asynchronous device assertion, for the host does not wait for the device.
     """
     count = box_errors.numel()
-    targets = targets.reshape(-1)
+    targets = _flatten(targets, form)
     if form.num_classes is None:
         positive = targets == 1
         valid = positive | (targets == 0)
@@ -92,12 +103,12 @@ def find_positives(targets: Tensor, form: TargetForm, box_errors: Tensor) -> Ten
     index = torch.nonzero_static(positive, size=count).reshape(-1)
     if form.num_classes is None:
         return index
-    return index * form.num_classes + targets[index].long()
+    return index * form.num_classes + targets[index]
 
 
 def negative_mask(targets: Tensor, form: TargetForm, positives: Tensor) -> Tensor:
     """Bool ``(N,)``, True where a logit is a negative."""
-    targets = targets.reshape(-1)
+    targets = _flatten(targets, form)
     if form.num_classes is None:
         return targets == 0
     counted = targets != form.ignore_index

@@ -59,6 +59,7 @@ def _finite() -> dict[str, Case]:
         "more_than_a_block": draw(3, 5003, 130),
         "narrow_step": draw(4, 1000, 37, delta=0.01),
         "tiny_step": draw(5, 1000, 37, delta=1e-12),
+        "odd_step": draw(13, 1000, 37, delta=0.3),
         "wide_step": draw(6, 1000, 37, delta=10.0),
         "hard_step": draw(7, 1000, 37, delta=0.0),
         "wide_scores": draw(8, 1500, 100, spread=300.0),
@@ -84,6 +85,8 @@ def _finite() -> dict[str, Case]:
         "nothing_ignored": draw(12, 257, 16, ignored=0.0),
         "below_eps": make([0.0, -1 + 1e-5, 2.0], [1, 0, 1]),  # FP = 5e-6
         "above_eps": make([0.0, -1 + 1e-4, 2.0], [1, 0, 1]),  # FP = 5e-5
+        "small_fp": make([0.0, -0.3 + 0.6e-4, -0.3 + 0.6 * 3e-5], [1, 0, 0], 0.3),
+        "small_fp_wide_step": make([0.0, -5 + 1e-3, -5 + 2e-3, 7.0], [1, 0, 0, 1], 5.0),
         "infinite_negatives": _with(_with(base, 0, 5, np.inf), 0, 9, -np.inf),
         "ignored_nan": _with(_with(base, -1, 0, np.nan), -1, 1, np.inf),
         "huge": base._replace(logits=base.logits * np.float32(1e30)),

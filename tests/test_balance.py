@@ -57,10 +57,33 @@ def test_resume_from_state_dict() -> None:
         assert step(original, 0.3, 0.1 * i) == step(resumed, 0.3, 0.1 * i)
 
 
+def test_resume_with_a_shorter_period() -> None:
+    original = SelfBalance(period=1000)
+    for _ in range(500):
+        step(original, 0.9, 0.3)
+    resumed = SelfBalance(period=400)
+    resumed.load_state_dict(original.state_dict())
+    step(resumed, 0.9, 0.3)
+    assert_near(resumed.weight, 4.0, 1e-5)
+    assert resumed.steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_state_stays_float32(dtype: torch.dtype) -> None:
+    balance = SelfBalance(period=2000, initial_weight=1e5).to(dtype)
+    assert balance.weight == 1e5
+    for _ in range(2000):
+        step(balance, 0.9, 0.3)
+    assert {b.dtype for b in balance.buffers()} == {torch.float32, torch.int64}
+    assert_near(balance.weight, 4.0, 1e-4)
+
+
 def test_what_leaves_the_weight_alone() -> None:
     balance = SelfBalance(period=2)
     for _ in range(4):
         step(balance, 0.0, 0.0)  # batches without positives
+    for _ in range(2):
+        step(balance, 0.98, 1e-39)  # a weight beyond float32
     assert balance.weight == 50
     balance.eval()
     before = copy.deepcopy(balance.state_dict())

@@ -12,7 +12,7 @@ from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DELTAS = [1.0, 0.1, 1e-3, 0.0]
+DELTAS = [1.0, 0.3, 1e-3, 0.0]  # 0.3: its 1/(2 delta) is no short binary number
 
 
 def draw(p: int, n: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +118,37 @@ def test_nan_is_never_hidden(backend: Backend, device: str) -> None:
         weights[0] = torch.nan
         matrix = ComparisonMatrix(rows, columns - 100, mask=mask, delta=delta, backend=backend)
         assert torch.equal(matrix.rmatvec(weights).isnan(), mask)
+
+
+def test_weight_zero_takes_no_part(backend: Backend, device: str) -> None:
+    rows, columns, mask = draw(20, 300, torch.float32, device)
+    columns[~mask] = torch.nan
+    v = torch.rand(300, device=device)
+    masked = ComparisonMatrix(rows, columns, mask=mask, backend=backend).matvec(v)
+    weighted = ComparisonMatrix(rows, columns, backend=backend).matvec(torch.where(mask, v, 0.0))
+    assert masked.isfinite().all()
+    assert torch.equal(masked, weighted)
+
+
+def test_default_dtype_does_not_matter(backend: Backend, device: str) -> None:
+    rows, columns, _ = draw(20, 300, torch.float32, device)
+    products: list[Tensor] = []
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        matrix = ComparisonMatrix(rows, columns, delta=0.3, backend=backend)
+        products.append(matrix.rmatvec(matrix.matvec()))
+    torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(product, products[0]) for product in products)
+
+
+def test_delta_of_a_few_ulps(backend: Backend, device: str) -> None:
+    rows = torch.tensor([1e16, 1e10], dtype=torch.float64, device=device)
+    columns = torch.tensor([1e16 + 2, 1e10 + 4e-6, 1e10], dtype=torch.float64, device=device)
+    for delta in (5.0, 8e-6, 1e-6, 1e-9):
+        h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+        matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+        assert_near(matrix.matvec(), h.sum(1), 0.1)  # a knot is rounded to float64: half an ulp of the score
+        assert_near(matrix.rmatvec(torch.ones(2, device=device)), h.sum(0), 0.1)
 
 
 def test_repeatable(backend: Backend, device: str) -> None:

@@ -48,7 +48,7 @@ def _make_knots(rows: Tensor, delta: float) -> _Knots:
     """Knots of ascending float64 ``rows``."""
     # Where delta is below the resolution of float64 around s_i, no column but x = s_i itself falls inside the slope:
     # two jumps, at s_i and just above it, say the same. For delta = 0 the first jump is all there is.
-    jumps = delta <= rows.abs() * 2.0**-50
+    jumps = delta <= rows.abs() * 2.0**-53
     lower = torch.where(jumps, rows, rows - delta)
     upper = torch.where(jumps, torch.nextafter(rows, rows.new_tensor(torch.inf)), rows + delta)
     values, source = torch.cat([lower, upper]).sort(stable=True)
@@ -56,7 +56,7 @@ def _make_knots(rows: Tensor, delta: float) -> _Knots:
     slot = torch.empty_like(source)
     slot[source] = index[1:]
     rise, done = slot[: len(rows)], slot[len(rows) :]
-    rate = torch.where(jumps, 0.0, 0.5 / delta if delta > 0 else 0.0).to(rows.dtype)
+    rate = torch.full_like(rows, 0.5 / delta if delta > 0 else 0.0).masked_fill(jumps, 0.0)
 
     active = torch.zeros_like(index)
     active[rise] = (~jumps).long()
@@ -83,11 +83,11 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     total = torch.zeros_like(count)
     one = rows.new_ones(1)
     for x, v in _chunks(columns, weights):
-        if v is not None and v.dtype == torch.bool:
-            # The first bin lies below every knot and counts for no row: masked columns go there, NaN and all.
-            x, v = torch.where(v, x, -torch.inf), None
+        if v is not None:
+            # The first bin lies below every knot and counts for no row: columns of weight 0 go there, NaN and all.
+            x = torch.where(v != 0, x, -torch.inf)
         bins, position = knots.locate(x)
-        v = one.expand_as(x) if v is None else v.double()
+        v = one.expand_as(x) if v is None or v.dtype == torch.bool else v.double()
         count.scatter_add_(0, bins, v)
         total.scatter_add_(0, bins, position * v)
     poison = total.sum() * 0  # every value is finite by now unless it was NaN
