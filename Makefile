@@ -1,6 +1,8 @@
 # Every target sets up what it needs, in a virtual environment of its own: .venv, or .venv-cpu for torch's CPU build.
 PYTHON ?= python3
 RUN := .venv/bin/python
+# Threads that wait by spinning make a step several times slower where another process wants the same core.
+export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-cpu lint bench figure1 install-check clean
