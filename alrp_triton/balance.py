@@ -39,7 +39,7 @@ class SelfBalance(nn.Module):
 
     def __init__(self, period: int, *, initial_weight: float = 50.0) -> None:
         super().__init__()
-        self.period = check_integer("period", period, 1, 2**62)
+        self.period = check_integer("period", period, 1, 2**31)
         initial_weight = check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max)
         self.register_buffer("weight", torch.tensor(initial_weight, dtype=torch.float32))
         self.register_buffer("steps", torch.tensor(0))
