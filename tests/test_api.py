@@ -34,7 +34,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_needs_neither_triton_nor_numpy() -> None:
+def test_import_needs_no_triton() -> None:
     hidden = "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a); "
     code = hidden + (
         "import torch, alrp_triton as a; x = torch.zeros(4, requires_grad=True); "
@@ -48,10 +48,8 @@ def test_import_needs_neither_triton_nor_numpy() -> None:
 
 
 def test_import_is_light() -> None:
-    done = run_python(
-        "import sys, alrp_triton; print([m for m in ('triton.language', 'alrp_triton.backends.triton_tiled') if m in sys.modules and m.startswith('alrp')])"
-    )
-    assert done.stdout.strip() == "[]", done.stderr
+    done = run_python("import sys, alrp_triton; print('alrp_triton.backends.triton_tiled' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_layers_import_one_way() -> None:
