@@ -3,106 +3,16 @@
     H_ij = h(x_j - s_i),   h(d) = clamp(d / (2 delta) + 1/2, 0, 1) for delta > 0,   h(d) = 1[d >= 0] for delta = 0
 
 with a row for each positive's score s_i and a column for each logit x_j. Ranks, precisions and the error-driven
-gradients of AP, aLRP and Rank & Sort Loss are products with H or with its transpose, so this is all that a backend has
-to offer. Which backend runs is decided by torch's dispatcher: both products are torch custom operators with a kernel a
-device and a fake kernel (``torch.ops.alrp_triton.matvec`` and ``.rmatvec``).
-
-Contract of the two operators, the same for every backend:
-
-* ``rows`` is float64, ascending; ``columns`` float16, bfloat16, float32 or float64 of any shape.
-* ``matvec(rows, columns, weights, delta, backend)``: y_i = sum_j H_ij v_j, float64 ``(P,)``. ``weights`` is v: None
-  (all ones), a bool mask, or floats, in the shape of the columns. A column of weight 0 or False is not looked at.
-* ``rmatvec(rows, weights, columns, mask, delta, backend)``: g_j = sum_i H_ij w_i in the dtype and shape of the columns,
-  0 where the mask is False.
-* A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN. The weights of ``rmatvec``
-  are all finite or all NaN, and in the latter case every entry is NaN.
-* Results are bitwise repeatable on the CPU and in the Triton kernels.
+gradients of AP, aLRP and Rank & Sort Loss are products with H or with its transpose, so this is all that a loss needs.
+What runs them is the business of :mod:`alrp_triton.operators`.
 """
-
-import copy
-import importlib
-import importlib.util
-from functools import cache
-from types import ModuleType
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import operators
 from .checks import check_delta, check_same_device, check_tensor, describe
-
-Backend = Literal["auto", "triton", "torch"]
-
-_library = torch.library.Library("alrp_triton", "DEF")
-_library.define("matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend) -> Tensor")
-_library.define(
-    "rmatvec(Tensor rows, Tensor weights, Tensor columns, Tensor? mask, float delta, str backend) -> Tensor"
-)
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _backend_module(name: str) -> ModuleType:
-    """The module of a backend. Imported at first use: triton is neither needed nor always there on a CPU."""
-    return importlib.import_module(
-        {"torch": ".backends.torch_binned", "triton": ".backends.triton_tiled"}[name], __package__
-    )
-
-
-def check_backend_name(backend: object) -> None:
-    """Raise ValueError if ``backend`` is unknown."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
-
-
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raise ValueError, saying why, if ``backend`` is unknown or cannot run on tensors of ``device``."""
-    check_backend_name(backend)
-    if backend == "triton":
-        if not _HAS_TRITON:
-            raise ValueError("backend='triton' needs the package triton, which is not installed (pip install triton)")
-        if not _backend_module("triton").runs_on(device):
-            raise ValueError(
-                f"backend='triton' needs a CUDA or ROCm GPU, but the logits are on {str(device)!r}: "
-                "use 'torch' or 'auto' (to try the kernels without a GPU: TRITON_INTERPRET=1 before their first use)"
-            )
-
-
-def _register(dispatch_key: str, auto: str) -> None:
-    """Register both products for a torch dispatch key, with the backend that ``"auto"`` stands for there."""
-
-    def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
-        if rows.numel() == 0 or columns.numel() == 0:
-            return torch.zeros_like(rows)
-        return _backend_module(auto if backend == "auto" else backend).matvec(rows, columns, weights, delta)
-
-    def rmatvec(
-        rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str
-    ) -> Tensor:
-        if rows.numel() == 0 or columns.numel() == 0:
-            return torch.zeros_like(columns, memory_format=torch.contiguous_format)
-        return _backend_module(auto if backend == "auto" else backend).rmatvec(rows, weights, columns, mask, delta)
-
-    _library.impl("matvec", matvec, dispatch_key)
-    _library.impl("rmatvec", rmatvec, dispatch_key)
-
-
-_register("CompositeExplicitAutograd", auto="torch")  # every device that has no kernel of its own below
-_register("CUDA", auto="triton" if _HAS_TRITON else "torch")  # ROCm builds of torch use this key too
-
-
-@torch.library.register_fake("alrp_triton::matvec", lib=_library)
-def _matvec_fake(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
-    return torch.empty_like(rows)
-
-
-@torch.library.register_fake("alrp_triton::rmatvec", lib=_library)
-def _rmatvec_fake(
-    rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str
-) -> Tensor:
-    return torch.empty_like(columns, memory_format=torch.contiguous_format)
+from .operators import Backend, check_backend
 
 
 class ComparisonMatrix:
@@ -120,8 +30,8 @@ class ComparisonMatrix:
             contiguous. ``-inf`` and ``+inf`` behave as the step says; NaN makes ``matvec`` NaN.
         mask: bool, shape of ``columns``; True where the column takes part. None: all do.
         delta: half-width of the step, 0 or in [2**-126, 2**125].
-        backend: ``"auto"`` (``"triton"`` on CUDA and ROCm where triton is installed, else ``"torch"``), ``"triton"`` or
-            ``"torch"``.
+        backend: which one computes, see :func:`alrp_triton.alrp_loss`.
+        ascending: the rows are known to be in ascending order, NaN last; not checked, saves a sort.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a backend that cannot run.
@@ -138,24 +48,13 @@ class ComparisonMatrix:
         mask: Tensor | None = None,
         delta: float = 1.0,
         backend: Backend = "auto",
+        ascending: bool = False,
     ) -> None:
         check_tensor("rows", rows, "floating")
+        check_tensor("columns", columns, "floating")
         if rows.ndim != 1:
             raise ValueError(f"rows must have shape (P,), got {tuple(rows.shape)}")
-        self._rows = rows
-        self.backend: Backend = backend
-        self._set_columns(columns, mask, delta)
-        self.order: Tensor
-        """Ascending, stable argsort of the rows, int64 ``(P,)``."""
-        self._rows, self.order = rows.detach().double().sort(stable=True)
-        # 0 if all rows are finite, else NaN: added to a product, it says what no backend has to look for.
-        self._poison = (self._rows * 0).sum()
-
-    def _set_columns(self, columns: Tensor, mask: Tensor | None, delta: float) -> None:
-        self.delta = check_delta(delta)
-        check_tensor("columns", columns, "floating")
-        check_same_device(rows=self._rows, columns=columns)
-        check_backend(self.backend, columns.device)
+        check_same_device(rows=rows, columns=columns)
         if mask is not None:
             check_tensor("mask", mask, "bool")
             check_same_device(columns=columns, mask=mask)
@@ -163,14 +62,30 @@ class ComparisonMatrix:
                 raise ValueError(
                     f"mask must have the shape of columns, {tuple(columns.shape)}, got {tuple(mask.shape)}"
                 )
+        self.delta = check_delta(delta)
+        check_backend(backend, columns.device)
+        self.backend: Backend = backend
         self.columns = columns.detach()
         self.mask = mask
+        self.order: Tensor | None = None
+        """Ascending, stable argsort of the rows, int64 ``(P,)``; None if they are ascending."""
+        self._rows = rows.detach().double()
+        if not ascending:
+            self._rows, self.order = self._rows.sort(stable=True)
 
-    def against(self, columns: Tensor, *, mask: Tensor | None = None, delta: float | None = None) -> "ComparisonMatrix":
-        """The same rows against other columns; ``delta`` None keeps this matrix' own."""
-        other = copy.copy(self)
-        other._set_columns(columns, mask, self.delta if delta is None else delta)
-        return other
+    def _from_sorted(self, values: Tensor) -> Tensor:
+        """Values ``(…, P)`` of the sorted rows, in the order in which the rows were given."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(-1, self.order, values)
+
+    def _to_sorted(self, values: Tensor) -> Tensor:
+        values = values.detach().double()
+        return values if self.order is None else values.index_select(0, self.order)
+
+    def _check_row_vector(self, name: str, value: Tensor) -> None:
+        check_tensor(name, value, "floating")
+        check_same_device(columns=self.columns, **{name: value})
+        if value.shape != self._rows.shape:
+            raise ValueError(f"{name} must have shape {tuple(self._rows.shape)}, got {tuple(value.shape)}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -192,18 +107,17 @@ class ComparisonMatrix:
         Returns:
             float64 ``(P,)``, in the order of ``rows``.
         """
-        weights, poison = self.mask, self._poison
+        weights = self.mask
         if v is not None:
             check_tensor("v", v, "floating")
             check_same_device(columns=self.columns, v=v)
             if v.shape != self.columns.shape:
                 raise ValueError(f"v must have the shape of columns, {tuple(self.columns.shape)}, got {tuple(v.shape)}")
             weights = v.detach() if self.mask is None else torch.where(self.mask, v.detach(), 0.0)
-            poison = poison + (weights * 0).sum()
-        sums = torch.ops.alrp_triton.matvec(self._rows, self.columns, weights, self.delta, self.backend)
-        result = torch.empty_like(sums)
-        result[self.order] = sums + poison
-        return result
+        sums = operators.matvec(self._rows, self.columns, weights, self.delta, self.backend)
+        if v is not None:
+            sums = sums + (v.detach() if weights is None else weights).mul(0).sum()  # NaN if v is not finite
+        return self._from_sorted(sums)
 
     def rmatvec(self, w: Tensor) -> Tensor:
         """H^T w: for each column the sum of H_ij w_i over the rows; 0 for a column that takes no part.
@@ -214,13 +128,23 @@ class ComparisonMatrix:
         Returns:
             Shape and dtype of ``columns``.
         """
-        check_tensor("w", w, "floating")
-        check_same_device(columns=self.columns, w=w)
-        if w.shape != self._rows.shape:
-            raise ValueError(f"w must have shape {tuple(self._rows.shape)}, got {tuple(w.shape)}")
-        weights = w.detach().double()[self.order]
-        weights = weights + (weights * 0).sum() + self._poison
-        return torch.ops.alrp_triton.rmatvec(self._rows, weights, self.columns, self.mask, self.delta, self.backend)
+        self._check_row_vector("w", w)
+        return operators.rmatvec(
+            self._rows, self._to_sorted(w), self.columns, self.mask, self.delta, self.backend
+        )
+
+    def among_rows(self, v: Tensor) -> Tensor:
+        """The rows compared among themselves, in place of the columns and the mask.
+
+        Args:
+            v: floats ``(P,)``, in the order of ``rows``.
+
+        Returns:
+            float64 ``(3, P)``, in the order of ``rows``: for each row i, over all rows k with itself, the sums of h(s_k -
+            s_i), of h(s_k - s_i) v_k, and of 1[s_k >= s_i] v_k.
+        """
+        self._check_row_vector("v", v)
+        return self._from_sorted(operators.among_rows(self._rows, self._to_sorted(v), self.delta, self.backend))
 
     def __repr__(self) -> str:
         return f"ComparisonMatrix({self.shape[0]} x {self.shape[1]}, {describe(self.columns)}, delta={self.delta})"

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .checks import check_delta, check_number, check_same_device, check_tensor
-from .comparison import Backend, ComparisonMatrix, check_backend
-from .targets import IGNORE_INDEX, TargetForm, check_form, find_positives, negative_mask
+from .comparison import ComparisonMatrix
+from .operators import Backend, check_backend
+from .targets import IGNORE_INDEX, check_form, classify
 
 DELTA = 1.0
 EPS = 1e-5
@@ -32,7 +33,6 @@ class _Settings(NamedTuple):
     delta: float
     eps: float
     backend: Backend
-    form: TargetForm
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -51,42 +51,42 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 class _ALRPLoss(torch.autograd.Function):
-    """Forward and error-driven backward of aLRP Loss; saves its inputs and O(P) numbers."""
+    """Forward and error-driven backward of aLRP Loss; saves its inputs, the mask and O(P) numbers.
+
+    Inside, all that belongs to the positives is in ascending order of their scores.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, box_errors: Tensor, targets: Tensor, positives: Tensor, settings: _Settings
+        ctx: Any, logits: Tensor, box_errors: Tensor, negatives: Tensor, positives: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        delta, eps, backend, form = settings
-        flat, errors = logits.reshape(-1), box_errors.double()
+        delta, eps, backend = settings
+        flat = logits.reshape(-1)
         count = max(positives.numel(), 1)
-        # Rows: the positives. Columns: the negatives among all logits; the positives; the positives with a hard step.
-        scores = flat[positives].double()
-        to_negatives = ComparisonMatrix(
-            scores, flat, mask=negative_mask(targets, form, positives), delta=delta, backend=backend
-        )
-        to_positives = to_negatives.against(scores)
-        to_positives_hard = to_negatives.against(scores, delta=0.0)
-
-        false_positives = to_negatives.matvec()
-        rank = 1 + to_positives.matvec() - to_positives.at_zero + false_positives  # all but itself, and 1 for itself
-        classification = (false_positives / rank).sum() / count
-        localisation = (to_positives_hard.matvec(errors) / rank).sum() / count
+        scores, order = flat.index_select(0, positives).double().sort(stable=True)
+        errors = box_errors.double().index_select(0, order)
+        # Rows: the positives. Columns: the negatives among all logits; then the positives themselves.
+        matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
+        false_positives = matrix.matvec()
+        positives_above, box, ranked = matrix.among_rows(errors)
+        rank = positives_above + (1 - matrix.at_zero) + false_positives  # all but itself by h, and 1 for itself
+        classification, localisation = (torch.stack([false_positives, ranked]) / rank).sum(1) / count
 
         # The update of Theorem 1: each positive has an error, and shares it among the negatives that outrank it.
         error = share = None
         if ctx.needs_input_grad[0]:
-            box = to_positives.matvec(errors) - to_positives.at_zero * errors
             idle = false_positives <= eps  # NaN is not idle
-            error = torch.where(idle, 0.0, (false_positives + box) / rank)
+            error = torch.where(idle, 0.0, (false_positives + box - matrix.at_zero * errors) / rank)
             share = torch.where(idle, 0.0, error / false_positives)
 
         ctx.settings = settings
-        ctx.save_for_backward(logits, box_errors, targets, positives, scores, rank, error, share)
+        ctx.save_for_backward(
+            logits, box_errors, negatives, scores, order, positives.index_select(0, order), rank, error, share
+        )
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(torch.promote_types(logits.dtype, box_errors.dtype), torch.float32)
-        order, rank = to_negatives.order, rank.to(dtype, copy=True)  # the caller may write into it
         classification, localisation = classification.to(dtype), localisation.to(dtype)
+        rank = torch.empty_like(rank, dtype=dtype).index_copy_(0, order, rank.to(dtype))
         wanted = zip(ctx.needs_input_grad[:2], (classification, localisation), strict=True)
         ctx.mark_non_differentiable(rank, order, *(loss for needed, loss in wanted if not needed))
         return classification, localisation, rank, order
@@ -94,22 +94,22 @@ class _ALRPLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_classification, grad_localisation = grad_outputs[:2]
-        delta, _, backend, form = ctx.settings
-        logits, box_errors, targets, positives, scores, rank, error, share = ctx.saved_tensors
+        delta, _, backend = ctx.settings
+        logits, box_errors, negatives, scores, order, positives, rank, error, share = ctx.saved_tensors
         count = max(positives.numel(), 1)
         grad_logits = grad_errors = None
         with torch.no_grad():
             if ctx.needs_input_grad[0] and grad_classification is not None:
                 scale = grad_classification.double() / count
                 flat = logits.reshape(-1)
-                mask = negative_mask(targets, form, positives)
-                matrix = ComparisonMatrix(scores, flat, mask=mask, delta=delta, backend=backend)
+                matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
                 grad_logits = matrix.rmatvec(share * scale)
-                grad_logits[positives] = (-error * scale).to(logits.dtype)
+                grad_logits.index_copy_(0, positives, (-error * scale).to(logits.dtype))
                 grad_logits = grad_logits.reshape(logits.shape)
             if ctx.needs_input_grad[1] and grad_localisation is not None:
-                hard = ComparisonMatrix(scores, scores, delta=0.0, backend=backend)
-                grad_errors = (hard.rmatvec(1 / rank) * (grad_localisation.double() / count)).to(box_errors.dtype)
+                hard = ComparisonMatrix(scores, scores, delta=0.0, backend=backend, ascending=True)
+                shares = hard.rmatvec((grad_localisation.double() / count) / rank).to(box_errors.dtype)
+                grad_errors = torch.empty_like(shares).index_copy_(0, order, shares)
         if torch.is_grad_enabled():  # create_graph=True
             cause = [t for t in (logits, box_errors, *grad_outputs[:2]) if t is not None and t.requires_grad]
             grad_logits, grad_errors = (
@@ -158,8 +158,9 @@ def alrp_loss(
         eps: a positive with FP_i <= eps is at its place already and causes no gradient.
         background: the class index that stands for background; default C.
         ignore_index: the class index that stands for an ignored anchor.
-        backend: ``"triton"`` (CUDA and ROCm), ``"torch"`` (any device), or ``"auto"``: the former on a GPU where triton
-            is installed, else the latter.
+        backend: ``"auto"``: on a GPU ``"triton"`` where triton is installed, on a CPU ``"numba"`` where numba is
+            installed, else ``"torch"``. ``"triton"``: ``"triton_tiled"`` or ``"triton_binned"``, whichever the model of
+            :mod:`alrp_triton.cost` expects to be faster for P and N. ``"torch"`` runs on any device.
 
     Returns:
         ALRPLossOutput: ``classification`` and ``localisation`` (0-d), ``rank`` ``(P,)``, all in the widest dtype of
@@ -196,6 +197,6 @@ def alrp_loss(
     delta, eps = check_delta(delta), check_number("eps", eps, 0.0, math.inf)
     check_backend(backend, logits.device)
     form = check_form(logits, targets, background, ignore_index)
-    positives = find_positives(targets, form, box_errors)
-    settings = _Settings(delta, eps, backend, form)
-    return ALRPLossOutput(*_ALRPLoss.apply(logits, box_errors, targets, positives, settings))
+    negatives, positives = classify(targets, form, box_errors)
+    settings = _Settings(delta, eps, backend)
+    return ALRPLossOutput(*_ALRPLoss.apply(logits, box_errors, negatives, positives, settings))

@@ -5,8 +5,8 @@ import math
 from torch import Tensor, nn
 
 from .checks import check_delta, check_number
-from .comparison import Backend, check_backend_name
 from .functional import DELTA, EPS, ALRPLossOutput, alrp_loss
+from .operators import Backend, check_backend_name
 from .targets import IGNORE_INDEX, check_indices
 
 

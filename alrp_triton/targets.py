@@ -1,10 +1,11 @@
-"""Who is a positive, a negative or ignored: the two forms of targets, turned into flat indices and a mask."""
+"""Who is a positive, a negative or ignored: the two forms of targets, turned into a mask and flat indices."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import operators
 from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tensor, check_values, describe
 
 IGNORE_INDEX = -1
@@ -55,63 +56,41 @@ def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_i
     return TargetForm(num_classes, background, int(ignore_index))
 
 
-def _flatten(targets: Tensor, form: TargetForm) -> Tensor:
-    """Targets as a vector. Class indices are widened: a number of classes would wrap around in a narrow dtype."""
-    return targets.reshape(-1) if form.num_classes is None else targets.reshape(-1).long()
+def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask of the negatives, bool ``(N,)``, and flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
-
-def find_positives(targets: Tensor, form: TargetForm, box_errors: Tensor) -> Tensor:
-    """Flat indices of the positives in the logits, int64 ``(P,)`` ascending, P being the number of ``box_errors``.
+    P is the number of ``box_errors``.
 
     Raises:
         ValueError: values of targets that mean nothing, or another number of positives than of box errors. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
     count = box_errors.numel()
-    targets = _flatten(targets, form)
     if form.num_classes is None:
-        positive = targets == 1
-        valid = positive | (targets == 0)
-        if targets.dtype.is_signed:  # -1 would wrap around to the largest value of an unsigned dtype
-            valid |= targets == IGNORE_INDEX
         meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
+        meaningful = {0, 1, form.ignore_index}
     else:
-        background = targets == form.background
-        ignored = targets == form.ignore_index
-        in_range = (targets >= 0) & (targets < form.num_classes)
-        positive = in_range & ~background & ~ignored
-        valid = in_range | background | ignored
         meaning = (
             f"class-index targets must be a class from 0 to {form.num_classes - 1}, {form.background} (background) or "
             f"{form.ignore_index} (ignored)"
         )
+        meaningful = {*range(form.num_classes), form.background, form.ignore_index}
+    negatives, positives, status = operators.classify(targets, *form, count)
 
     def bad_values() -> ValueError:
-        seen = targets[~valid]
+        values, counts = targets.unique(return_counts=True)
+        seen = [(value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in meaningful]
         return ValueError(
-            f"{meaning}, got {seen.unique()[:5].tolist()} among {len(seen)} values that are none of these"
+            f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none of "
+            "these"
         )
 
     def bad_count() -> ValueError:
         return ValueError(
             f"box_errors must have one value for each positive, in the order of their flat index: "
-            f"got {count} box_errors, but targets mark {int(positive.sum())} positives"
+            f"got {count} box_errors, but targets mark {int(status[0])} positives"
         )
 
-    check_values(valid.all(), bad_values, f"alrp_triton: {meaning}")
-    check_values(positive.sum() == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
-    index = torch.nonzero_static(positive, size=count).reshape(-1)
-    if form.num_classes is None:
-        return index
-    return index * form.num_classes + targets[index]
-
-
-def negative_mask(targets: Tensor, form: TargetForm, positives: Tensor) -> Tensor:
-    """Bool ``(N,)``, True where a logit is a negative."""
-    targets = _flatten(targets, form)
-    if form.num_classes is None:
-        return targets == 0
-    counted = targets != form.ignore_index
-    mask = counted.unsqueeze(-1).repeat(1, form.num_classes).reshape(-1)
-    mask[positives] = False
-    return mask
+    check_values(status[1] == 0, bad_values, f"alrp_triton: {meaning}")
+    check_values(status[0] == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
+    return negatives, positives

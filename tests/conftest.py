@@ -23,7 +23,7 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "numba", "triton_tiled", "triton_binned"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

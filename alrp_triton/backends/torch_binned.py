@@ -1,121 +1,191 @@
 """The two products of the comparison matrix in torch operations: exact, and linear in the number of columns.
 
-The step h rises from 0 to 1 between two **knots**, s_i - delta and s_i + delta. Between neighbouring knots of all rows
-together, every h is a straight line in the column's value x. Hence
+:mod:`.knots` has the idea. What remains is to find the bin of each column, fast, and a binary search a column is slow:
+its branches cannot be predicted. So a **grid** of cells, each a power of two wide, lies over the knots. The cell of a
+column takes a few streaming operations without rounding, one look-up and one comparison tell on which side of the
+cell's knot it lies, and columns are counted and evaluated by half-cell. Only the columns in cells that hold several
+knots, or NaN, are picked out and searched for; so are all where they are few.
 
-* ``rmatvec``: g(x) = sum_i w_i h(x - s_i) is one piecewise-linear function; tabulate it once, by bin between knots, and
-  a column costs one search and one multiply-add;
-* ``matvec`` is its transpose: all that a row needs of the columns in a bin is their number and the sum of their values.
-
-Everything is float64 and nothing is approximated: the result is that of the dense product up to rounding. Work and
-memory: O((P + N) log P) and O(P + chunk).
+Sums are float64 and nothing is approximated: the result is that of the dense product up to rounding. Work and memory:
+O((P + N) log P) and O(P + chunk).
 
 The published losses compare every positive with every negative instead (Oksuz et al., NeurIPS 2020).
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Columns are searched this many at a time, so that the temporaries stay in the cache and do not grow with N.
-_CHUNK = 1 << 17
+from .knots import Floats, Indices, Knots, as_array, make_knots, working_dtype
+from .knots import among_rows as among_rows
+
+# Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.
+_CHUNK = 1 << 16
+# Cells a knot, so that few columns share a cell with two knots; and at most so many cells, for the tables' sake.
+_CELLS_A_KNOT, _MOST_CELLS = 16, 1 << 15
+# In a cell with more knots than this, a binary search is faster than a step from knot to knot.
+_MOST_STEPS = 6
+# For fewer columns than this a grid is not worth its making.
+_FEW = 1 << 12
 
 
-class _Knots(NamedTuple):
-    """Sorted knots of P rows. Table index t in 0 … 2P stands for the bin from knot t-1 up to knot t."""
+class Grid(NamedTuple):
+    """Cells of width ``1 / scale``. Cell 0 lies below all knots, the last but one above them; NaN has the last.
 
-    values: Tensor  # (2P,) float64, ascending
-    rise: Tensor  # (P,) table index from which row i takes part
-    done: Tensor  # (P,) table index from which row i has h = 1
-    at_rise: float  # a row's h at its own score: 1 for delta = 0, else 1/2
-    rate: Tensor  # (P,) dh/dx between a row's knots; 0 where h jumps
-    local: Tensor  # (P,) a row's score, relative to the origin of its bins
-    origin: Tensor  # (2P + 1,) value in each bin that positions are relative to
-    sloped: Tensor  # (2P + 1,) bool: some row has a slope in this bin
+    Half-cell 2c is the part of cell c below its knot, 2c + 1 the rest.
+    """
 
-    def locate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Table index and position in the bin of each value, finite for infinities. NaN stays NaN, in the last bin."""
-        # h is constant outside the knots: moving a value to their range changes nothing, and 0 * inf cannot arise.
-        below = torch.nextafter(self.values[0], self.values.new_tensor(-torch.inf))
-        x = x.clamp(below, self.values[-1])
-        bins = torch.bucketize(x, self.values, right=True)
-        return bins, x - self.origin.index_select(0, bins)
+    scale: float  # a power of two: x * scale is exact
+    first: float  # cell 0 begins at first / scale
+    cells: int
+    base: Tensor  # (cells,) int64; number of knots in the cells before
+    knot: Tensor  # (cells,) position in the cell of its only knot; beyond the cell if it has none, NaN if it is crowded
+    steps: int  # knots in the fullest cell
+    ladder: Tensor  # (2P + 1,) the knots, and one that no column reaches
+
+    def cell(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of the cell, in the dtype of x, and position in it, in widths: exact, but just below 0 a rounding.
+
+        Infinities are moved next to the knots.
+        """
+        position = (x * self.scale).clamp_(self.first, self.first + self.cells - 2)
+        position.nan_to_num_(nan=self.first + self.cells - 1)
+        cell = position.floor()
+        position -= cell
+        cell -= self.first
+        return cell, position
+
+    def locate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Half-cell (int32) and position in the cell of each column; indices and bins of those in crowded cells."""
+        cell, position = self.cell(x)
+        index = cell.int()
+        knot = self.knot.index_select(0, index)
+        half = torch.ge(position, knot, out=torch.empty_like(position))  # as a float: several times faster than as bool
+        half.add_(cell, alpha=2)
+        knot -= knot  # NaN in crowded cells, else 0
+        picked = knot.nonzero().view(-1)
+        return half.int(), position, picked, self._search(x.index_select(0, picked), index.index_select(0, picked))
+
+    def _search(self, x: Tensor, cell: Tensor) -> Tensor:
+        """Bins of columns, int64."""
+        if self.steps > _MOST_STEPS:
+            return torch.bucketize(x, self.ladder[:-1], right=True)
+        bins = self.base.index_select(0, cell)
+        for _ in range(self.steps):
+            bins += x >= self.ladder.index_select(0, bins)
+        return bins
+
+    def halves(self, knots: Knots) -> tuple[Indices, Floats]:
+        """Bin of each half-cell, and where its cell begins relative to the lower knot of that bin."""
+        bins = self.base.cpu().numpy().repeat(2)
+        bins[1::2] += self.knot.cpu().numpy() < 1
+        start = (np.arange(self.cells) + self.first) / self.scale
+        return bins, start.repeat(2) - knots.low[bins]
+
+    def lines(self, knots: Knots, value: Floats, slope: Floats) -> Floats:
+        """The lines of the bins (Knots.lines) by half-cell: value where its cell begins, and change over a cell."""
+        bins, start = self.halves(knots)
+        return np.stack([value[bins] + slope[bins] * start, slope[bins] / self.scale])
 
 
-def _make_knots(rows: Tensor, delta: float) -> _Knots:
-    """Knots of ascending float64 ``rows``."""
-    # Where delta is below the resolution of float64 around s_i, no column but x = s_i itself falls inside the slope:
-    # two jumps, at s_i and just above it, say the same. For delta = 0 the first jump is all there is.
-    jumps = delta <= rows.abs() * 2.0**-53
-    lower = torch.where(jumps, rows, rows - delta)
-    upper = torch.where(jumps, torch.nextafter(rows, rows.new_tensor(torch.inf)), rows + delta)
-    values, source = torch.cat([lower, upper]).sort(stable=True)
-    index = torch.arange(len(source) + 1, device=rows.device)
-    slot = torch.empty_like(source)
-    slot[source] = index[1:]
-    rise, done = slot[: len(rows)], slot[len(rows) :]
-    rate = torch.full_like(rows, 0.5 / delta if delta > 0 else 0.0).masked_fill(jumps, 0.0)
-
-    active = torch.zeros_like(index)
-    active[rise] = (~jumps).long()
-    active[done] = -(~jumps).long()
-    sloped = active.cumsum(0) > 0
-    # Slopes that overlap form a cluster; positions are relative to where it begins. Absolute ones would lose the digits
-    # of |x| / delta in the difference of two ramps.
-    begins = sloped & ~sloped.roll(1)  # bin 0 and the last are never sloped
-    origin = values[torch.where(begins, index, 1).cummax(0).values - 1]
-    return _Knots(values, rise, done, 0.5 if delta > 0 else 1.0, rate, rows - origin[rise], origin, sloped)
+def make_grid(knots: Knots, columns: int, device: torch.device) -> Grid | None:
+    """A grid for so many columns on a device; None where they are too few, or if a row is not finite."""
+    if columns < _FEW or math.isnan(knots.poison):
+        return None
+    info = np.finfo(knots.values.dtype)
+    low, high = float(knots.low[0]), float(knots.low[-1])
+    wanted = min(_CELLS_A_KNOT * len(knots.values), _MOST_CELLS, columns // 4)
+    # As fine as wanted; but x * scale must not overflow, and whole numbers of that size must be exact.
+    exponent = min(
+        math.frexp(wanted)[1] - 2 - math.frexp(high / 2 - low / 2)[1],
+        2 - math.frexp(info.eps)[1] - math.frexp(max(-low, high))[1],
+        1 - math.frexp(info.tiny)[1],
+    )
+    scale = 2.0**exponent
+    first = math.floor(low * scale) - 1.0
+    cells = int(math.floor(high * scale) - first) + 3
+    values = torch.from_numpy(knots.values)
+    grid = Grid(scale, first, cells, values, values, 0, torch.cat([values, values.new_tensor([math.nan])]))
+    cell, position = (tensor.numpy() for tensor in grid.cell(values))
+    cell = cell.astype(np.int64)
+    held = np.bincount(cell, minlength=cells)
+    knot = np.full(cells, 2.0, knots.values.dtype)
+    knot[cell] = position
+    knot[held > 1] = math.nan
+    knot[-1] = math.nan
+    # Just below 0 a position is rounded, 1 - 1e-30 to 1: a comparison there must be of the columns themselves.
+    below_zero = int(-1 - first)
+    if 0 < below_zero < cells:
+        knot[below_zero] = math.nan
+    base, knot, ladder = (torch.as_tensor(table, device=device) for table in (held.cumsum() - held, knot, grid.ladder))
+    return grid._replace(base=base, knot=knot, ladder=ladder, steps=int(held.max()))
 
 
 def _chunks(columns: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    working = working_dtype(columns)
     columns = columns.reshape(-1)
     for start in range(0, columns.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
-        yield columns[part].double(), None if weights is None else weights.reshape(-1)[part]
+        yield columns[part].to(working), None if weights is None else weights.reshape(-1)[part]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
-    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.comparison`."""
-    knots = _make_knots(rows, delta)
-    count = rows.new_zeros(len(knots.values) + 1)
-    total = torch.zeros_like(count)
-    one = rows.new_ones(1)
+    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
+    knots = make_knots(as_array(rows), delta, working_dtype(columns))
+    grid = make_grid(knots, columns.numel(), rows.device)
+    values = torch.from_numpy(knots.values).to(rows.device)
+    by_bin = rows.new_zeros(2, len(knots.low))  # number of columns, sum of their positions
+    by_half = rows.new_zeros(2, 0 if grid is None else 2 * grid.cells)
+    ones = rows.new_ones(min(_CHUNK, columns.numel()))
     for x, v in _chunks(columns, weights):
+        one = ones[: len(x)]
         if v is not None:
-            # The first bin lies below every knot and counts for no row: columns of weight 0 go there, NaN and all.
-            x = torch.where(v != 0, x, -torch.inf)
-        bins, position = knots.locate(x)
-        v = one.expand_as(x) if v is None or v.dtype == torch.bool else v.double()
-        count.scatter_add_(0, bins, v)
-        total.scatter_add_(0, bins, position * v)
-    poison = total.sum() * 0  # every value is finite by now unless it was NaN
-    total = torch.where(knots.sloped, total, 0.0)
-    # Suffix sums: a row's sums hold only what lies above its lower knot, so small counts keep their digits.
-    count, total = (t.flip(0).cumsum(0).flip(0) for t in (count, total))
-    above = count[knots.done]
-    inside = count[knots.rise] - above
-    inside_total = total[knots.rise] - total[knots.done]
-    return above + knots.at_rise * inside + knots.rate * (inside_total - knots.local * inside) + poison
+            # Below every knot a column counts for no row: columns of weight 0 go there, NaN and all.
+            x = torch.where(v if v.dtype == torch.bool else v != 0, x, -math.inf)
+            one = one if v.dtype == torch.bool else v.double()
+        if grid is None:
+            bins = torch.bucketize(x, values, right=True)
+        else:
+            half, position, picked, bins = grid.locate(x)
+            half, position = half.long(), position.double()
+            by_half[0].scatter_add_(0, half, one)
+            by_half[1].scatter_add_(0, half, position if v is None or v.dtype == torch.bool else position * one)
+            x, one = x.index_select(0, picked), one.index_select(0, picked)
+        by_bin[0].scatter_add_(0, bins, one)
+        by_bin[1].scatter_add_(0, bins, knots.positions(x, bins) * one)
+    count, moment = by_bin.cpu().numpy()
+    if grid is not None:
+        bins, start = grid.halves(knots)
+        of_half, moment_of_half = np.where(np.isnan(grid.knot.cpu().numpy()).repeat(2), 0.0, by_half.cpu().numpy())
+        count = count + np.bincount(bins, of_half, len(count))
+        moment = moment + np.bincount(bins, moment_of_half / grid.scale + of_half * start, len(count))
+    return torch.from_numpy(knots.sums(count, moment)).to(rows.device)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
-    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.comparison`."""
-    knots = _make_knots(rows, delta)
-    slope, intercept = rows.new_zeros(2, len(knots.values) + 1)
-    intercept[0] = weights[0] * 0  # NaN weights must show even below all knots
-    tilt = weights * knots.rate
-    slope[knots.rise] = tilt
-    slope[knots.done] = -tilt
-    intercept[knots.rise] = knots.at_rise * weights - tilt * knots.local
-    intercept[knots.done] = (1 - knots.at_rise) * weights + tilt * knots.local
-    slope = torch.where(knots.sloped, slope.cumsum(0), 0.0)
-    intercept = intercept.cumsum(0)
+    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
+    knots = make_knots(as_array(rows), delta, working_dtype(columns))
+    grid = make_grid(knots, columns.numel(), rows.device)
+    lines = knots.lines(as_array(weights))
+    values, value, slope = (torch.from_numpy(table).to(rows.device) for table in (knots.values, *lines))
+    by_half = None if grid is None else torch.from_numpy(grid.lines(knots, *lines)).to(values)
+
+    def search(x: Tensor, bins: Tensor) -> Tensor:
+        return torch.addcmul(value.index_select(0, bins), slope.index_select(0, bins), knots.positions(x, bins))
 
     result = torch.empty(columns.numel(), dtype=columns.dtype, device=columns.device)
     for (x, keep), out in zip(_chunks(columns, mask), result.split(_CHUNK), strict=True):
-        bins, position = knots.locate(x)
-        value = torch.addcmul(intercept.index_select(0, bins), slope.index_select(0, bins), position)
-        out.copy_(value if keep is None else torch.where(keep, value, 0.0))
+        if grid is None or by_half is None:
+            g = search(x, torch.bucketize(x, values, right=True))
+        else:
+            half, position, picked, bins = grid.locate(x)
+            g = by_half[0].index_select(0, half).addcmul_(by_half[1].index_select(0, half), position)
+            g.index_copy_(0, picked, search(x.index_select(0, picked), bins).to(g.dtype))
+        out.copy_(g if keep is None else torch.where(keep, g, 0.0))
     return result.reshape(columns.shape)

@@ -12,6 +12,8 @@ instructions).
 
 Columns are read in place, in their own dtype; all arithmetic is in the dtype of the rows. Results do not depend on the
 order in which programs run: there are no atomics.
+
+``among_rows`` compares the rows among themselves in float64 tiles, all three of its sums in one pass.
 """
 
 # Kernels are written in Triton's language, not Python's: its types are not Python's either.
@@ -23,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .knots import working_dtype
+
 # Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
 # 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only the P x P products
 # and float64 logits use). On AMD the rows of a tile live in scalar registers; half the columns leave enough of them.
@@ -32,6 +36,8 @@ TRANSPOSE_TILE = {
     torch.float32: {"ROWS": 64, "CHUNK": 4, "COLUMNS": 2048},
     torch.float64: {"ROWS": 64, "CHUNK": 2, "COLUMNS": 1024},
 }
+AMONG_TILE = {"ROWS": 16, "COLUMNS": 64}
+PREPARE_BLOCK = 1024
 WARPS = 4
 # The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
 # 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
@@ -71,7 +77,10 @@ def _sum_columns(
         column = begin + tl.arange(0, COLUMNS)
         inside = column < length
         x = tl.load(columns_ptr + column, mask=inside, other=float("-inf")).to(dtype)
-        weight = tl.load(weights_ptr + column, mask=inside, other=0).to(dtype)
+        if weights_ptr is None:
+            weight = tl.where(inside, 1.0, 0.0).to(dtype)
+        else:
+            weight = tl.load(weights_ptr + column, mask=inside, other=0).to(dtype)
         # Saturation turns NaN into 0, so NaN is looked for here, once a column and not once a pair.
         live = (weight != 0) & ~(x < floor)
         if tl.max(live.to(tl.int32), axis=0) > 0:
@@ -86,19 +95,21 @@ def matvec_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): the sum over split k of the columns, for block b of the rows -> partial[k, rows of b]."""
-    dtype = rows_ptr.dtype.element_ty
+    dtype = partial_ptr.dtype.element_ty
     first = tl.program_id(0) * ROWS
-    anchor = tl.load(rows_ptr + first)
-    last = tl.load(rows_ptr + tl.minimum(first + ROWS, P) - 1)
+    anchor = tl.load(rows_ptr + first).to(dtype)
+    last = tl.load(rows_ptr + tl.minimum(first + ROWS, P) - 1).to(dtype)
     index = first + tl.arange(0, ROWS)
-    row = tl.load(rows_ptr + tl.minimum(index, P - 1))  # rows past the end repeat the last one and are not stored
+    row = tl.load(rows_ptr + tl.minimum(index, P - 1)).to(dtype)  # past the end: the last one, and not stored
+    poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)).to(dtype) * 0.0  # rows ascend, NaN last
     floor = anchor - tl.full([], delta, dtype)
 
     split = tl.program_id(1).to(tl.int64)
     start = split * span
     length = tl.minimum(N - start, span).to(tl.int32)
     columns_ptr += start
-    weights_ptr += start
+    if weights_ptr is not None:
+        weights_ptr += start
     if HARD:
         y = _sum_columns(columns_ptr, weights_ptr, length, row, floor, anchor, 0.0, ROWS, COLUMNS, _HARD)
     else:
@@ -108,7 +119,7 @@ def matvec_kernel(
             y = _sum_columns(columns_ptr, weights_ptr, length, offset, floor, anchor, scale, ROWS, COLUMNS, _ANCHORED)
         else:
             y = _sum_columns(columns_ptr, weights_ptr, length, row, floor, anchor, scale, ROWS, COLUMNS, _DIRECT)
-    tl.store(partial_ptr + split * P + index, y, mask=index < P)
+    tl.store(partial_ptr + split * P + index, y + poison, mask=index < P)
 
 
 @triton.jit
@@ -124,18 +135,42 @@ def _sum_rows(
     return acc
 
 
+@triton.jit(do_not_specialize=["P"])
+def prepare_kernel(
+    rows_ptr, weights_ptr, scores_ptr, offsets_ptr, shares_ptr, P, delta: tl.float64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """What rmatvec_kernel reads: rows, offsets and weights in its dtype, and shares[P], 0 if all are finite, else NaN."""
+    dtype = scores_ptr.dtype.element_ty
+    poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, P, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        inside = index < P
+        row = tl.load(rows_ptr + index, mask=inside, other=0.0)
+        weight = tl.load(weights_ptr + index, mask=inside, other=0.0)
+        tl.store(scores_ptr + index, row.to(dtype), mask=inside)
+        tl.store(shares_ptr + index, weight.to(dtype), mask=inside)
+        if not HARD:
+            anchor = tl.load(rows_ptr + index // ROWS * ROWS, mask=inside, other=0.0)
+            tl.store(offsets_ptr + index, (0.5 - (row - anchor) * (0.5 / delta)).to(dtype), mask=inside)
+        poison += weight * 0.0
+    tl.store(shares_ptr + P, tl.sum(poison, axis=0).to(dtype))
+
+
 @triton.jit(do_not_specialize=["P", "N"])
 def rmatvec_kernel(
     rows_ptr, offsets_ptr, weights_ptr, columns_ptr, mask_ptr, out_ptr, P, N: tl.int64, delta: tl.float64,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Program b: block b of the columns, summed over all rows -> out[columns of b]."""
+    """Program b: block b of the columns, summed over all rows -> out[columns of b]. weights[P] is added to all."""
     dtype = rows_ptr.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * COLUMNS
     column = tl.arange(0, COLUMNS)
     inside = column < N - start
     x = tl.load(columns_ptr + start + column, mask=inside, other=float("-inf")).to(dtype)
-    live = tl.load(mask_ptr + start + column, mask=inside, other=0) != 0
+    live = inside
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + start + column, mask=inside, other=0) != 0
     top = tl.max(tl.where(live, x, float("-inf")), axis=0)
     acc = tl.zeros([CHUNK, COLUMNS], dtype)
     scale = 0.0
@@ -152,9 +187,40 @@ def rmatvec_kernel(
                     acc = _sum_rows(acc, x, offsets_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _ANCHORED)
                 else:
                     acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _DIRECT)
-    g = tl.sum(acc, axis=0) + 0.0 * tl.load(weights_ptr)  # NaN weights must show even where all rows were skipped
+    g = tl.sum(acc, axis=0) + tl.load(weights_ptr + P)
     g = tl.where(x != x, float("nan"), g)
     tl.store(out_ptr + start + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["P"])
+def among_rows_kernel(
+    rows_ptr, values_ptr, out_ptr, P, delta: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr
+):
+    """Program b: block b of the rows against all rows -> out[0 … 2, rows of b]: sums of h, of h v, of hard h v."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(rows_ptr + tl.minimum(index, P - 1))
+    count = tl.zeros([ROWS, COLUMNS], tl.float64)
+    soft = tl.zeros([ROWS, COLUMNS], tl.float64)
+    hard = tl.zeros([ROWS, COLUMNS], tl.float64)
+    poison = tl.zeros([COLUMNS], tl.float64)
+    for begin in range(0, P, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        x = tl.load(rows_ptr + column, mask=column < P, other=float("-inf"))
+        value = tl.load(values_ptr + column, mask=column < P, other=0.0)
+        poison += value * 0.0
+        above = x[None, :] >= row[:, None]
+        if HARD:
+            h = tl.where(above, 1.0, 0.0).to(tl.float64)
+        else:
+            h = tl.minimum(tl.maximum(tl.fma(x[None, :] - row[:, None], 0.5 / delta, 0.5), 0.0), 1.0)
+        count += h
+        soft += h * value[None, :]
+        hard += tl.where(above, value[None, :], 0.0)
+    of_rows = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0
+    of_both = of_rows + tl.sum(poison, axis=0)
+    tl.store(out_ptr + index, tl.sum(count, axis=1) + of_rows, mask=index < P)
+    tl.store(out_ptr + P + index, tl.sum(soft, axis=1) + of_both, mask=index < P)
+    tl.store(out_ptr + 2 * P + index, tl.sum(hard, axis=1) + of_both, mask=index < P)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -162,22 +228,17 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or not isinstance(matvec_kernel, triton.JITFunction)
 
 
-def _readable(weights: Tensor | None, columns: Tensor) -> Tensor:
-    """Column weights as a kernel reads them: contiguous, a mask as bytes, none as ones."""
-    if weights is None:
-        return torch.ones(columns.shape, dtype=torch.uint8, device=columns.device)
-    weights = weights.contiguous()
-    return weights.view(torch.uint8) if weights.dtype == torch.bool else weights
-
-
-def _working(columns: Tensor) -> torch.dtype:
-    """The dtype of all arithmetic: half precision is widened on load, float64 is kept."""
-    return torch.float64 if columns.dtype == torch.float64 else torch.float32
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor as a kernel reads it: contiguous, bool as bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
-    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.comparison`."""
-    p, n, working = rows.numel(), columns.numel(), _working(columns)
+    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
+    p, n, working = rows.numel(), columns.numel(), working_dtype(columns)
     tile = (FORWARD_TILE_AMD if torch.version.hip else FORWARD_TILE)[working]
     blocks = triton.cdiv(p, tile["ROWS"])
     tiles = triton.cdiv(n, tile["COLUMNS"])
@@ -187,23 +248,37 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     partial = torch.empty(splits, p, dtype=working, device=rows.device)
     with torch.cuda.device_of(rows):
         matvec_kernel[(blocks, splits)](
-            rows.to(working), columns.contiguous(), _readable(weights, columns), partial, p, n, span, delta,
+            rows, columns.contiguous(), readable(weights), partial, p, n, span, delta,
             HARD=delta == 0, num_warps=WARPS, **tile,
         )  # fmt: skip
     return partial.sum(0, dtype=torch.float64)
 
 
 def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
-    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.comparison`."""
-    p, n, working = rows.numel(), columns.numel(), _working(columns)
+    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
+    p, n, working, hard = rows.numel(), columns.numel(), working_dtype(columns), delta == 0
     tile = TRANSPOSE_TILE[working]
-    # In the loop over rows every instruction counts, so their offsets are made here, once.
-    anchors = rows[:: tile["ROWS"]].repeat_interleave(tile["ROWS"])[:p]
-    offsets = rows if delta == 0 else 0.5 - (rows - anchors) * (0.5 / delta)
+    scores, offsets, shares = torch.empty(3, p + 1, dtype=working, device=rows.device)
     out = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
     with torch.cuda.device_of(rows):
-        rmatvec_kernel[(triton.cdiv(n, tile["COLUMNS"]),)](
-            rows.to(working), offsets.to(working), weights.to(working), columns.contiguous(), _readable(mask, columns),
-            out, p, n, delta, HARD=delta == 0, num_warps=WARPS, **tile,
+        # In the loop over rows every instruction counts, so what belongs to a row is made here, once.
+        prepare_kernel[(1,)](
+            rows, weights, scores, offsets, shares, p, delta, ROWS=tile["ROWS"], BLOCK=PREPARE_BLOCK, HARD=hard,
+            num_warps=WARPS,
         )  # fmt: skip
+        rmatvec_kernel[(triton.cdiv(n, tile["COLUMNS"]),)](
+            scores, offsets, shares, columns.contiguous(), readable(mask), out, p, n, delta, HARD=hard,
+            num_warps=WARPS, **tile,
+        )  # fmt: skip
+    return out
+
+
+def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
+    """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
+    p = rows.numel()
+    out = rows.new_empty(3, p)
+    with torch.cuda.device_of(rows):
+        among_rows_kernel[(triton.cdiv(p, AMONG_TILE["ROWS"]),)](
+            rows, values, out, p, delta, HARD=delta == 0, num_warps=WARPS, **AMONG_TILE
+        )
     return out

@@ -1,0 +1,55 @@
+"""Targets read in torch operations: who is a negative, and where the positives are."""
+
+import torch
+from torch import Tensor
+
+# Few enough values that a part is still in the cache for the next operation; on a GPU all at once.
+_CHUNK = 1 << 17
+_MIN_MAX = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes whose extremes tell all
+
+
+def _codes(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense targets as int8, and whether some of them are none of 1, 0 and -1 (0-d bool)."""
+    codes = targets.to(torch.int8)
+    lowest = -1 if targets.dtype.is_signed else 0  # -1 would wrap around to the largest value of an unsigned dtype
+    low, high = (targets if targets.dtype in _MIN_MAX else codes).aminmax()
+    bad = (low < lowest) | (high > 1)
+    if targets.dtype not in _MIN_MAX:
+        bad = bad | (codes.to(targets.dtype) != targets).any()
+    return codes, bad
+
+
+def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    targets = targets.reshape(-1)
+    chunk = _CHUNK if targets.device.type == "cpu" else max(targets.numel(), 1)
+    negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
+    positives: list[Tensor] = [negatives.new_empty(0, dtype=torch.int64)]
+    bad = negatives.new_zeros((), dtype=torch.bool)
+    for start in range(0, targets.numel(), chunk):
+        part = slice(start, start + chunk)
+        codes, wrong = _codes(targets[part])
+        bad = bad | wrong
+        positives.append(codes.clamp(min=0).nonzero().view(-1) + start)
+        # 1 - |code|, byte by byte: what a comparison would give, several times faster.
+        negatives[part].view(torch.int8).copy_(codes.abs_().bitwise_xor_(1).bitwise_and_(1))
+    return negatives, torch.cat(positives), bad
+
+
+def classify(
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
+    if num_classes is None:
+        negatives, positives, bad = _classify_dense(targets)
+    else:
+        targets = targets.reshape(-1).long()  # a number of classes would wrap around in a narrow dtype
+        inside = (targets >= 0) & (targets < num_classes)
+        counted = targets != ignore_index
+        positive = inside & counted & (targets != background)
+        bad = ~(inside | (targets == background) | ~counted).all()
+        where = positive.nonzero().view(-1)
+        positives = where * num_classes + targets[where]
+        negatives = counted.unsqueeze(1).repeat(1, num_classes).view(-1)
+        negatives.index_fill_(0, positives, False)
+    status = torch.stack([bad.new_full((), positives.numel(), dtype=torch.int64), bad.long()])
+    return negatives, positives if positives.numel() == count else positives.new_zeros(count), status

@@ -1,0 +1,162 @@
+"""The torch operators that the package is built on, and which backend runs them.
+
+Each is a custom operator (``torch.ops.alrp_triton.*``) with a kernel for each device and a fake kernel, so that the
+choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)``, ascending, NaN last.
+
+* ``matvec(rows, columns, weights, delta, backend)``: y_i = sum_j H_ij v_j, float64 ``(P,)``. ``columns`` are float16,
+  bfloat16, float32 or float64 of any shape. ``weights`` is v: None (all ones), a bool mask, or floats, in that shape. A
+  column of weight 0 or False is not looked at.
+* ``rmatvec(rows, weights, columns, mask, delta, backend)``: g_j = sum_i H_ij w_i in the dtype and shape of the columns,
+  0 where the mask is False.
+* ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v, and
+  H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
+* ``classify(targets, num_classes, background, ignore_index, count)``: bool mask of the negatives ``(N,)``, int64 flat
+  indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many values
+  that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
+
+A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and, in what contains v, a
+value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN. Results are bitwise
+repeatable on the CPU and in the Triton kernels.
+"""
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .cost import prefer_binned
+
+Backend = Literal["auto", "torch", "numba", "triton", "triton_tiled", "triton_binned"]
+
+_MODULES = {
+    "torch": "torch_binned",
+    "numba": "numba_binned",
+    "triton_tiled": "triton_tiled",
+    "triton_binned": "triton_binned",
+}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    """A module of backends/. Imported at first use: triton and numba are neither needed nor always there."""
+    return importlib.import_module(f".backends.{name}", __package__)
+
+
+def check_backend_name(backend: object) -> None:
+    """Raise ValueError if ``backend`` is unknown."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ValueError, saying why, if ``backend`` is unknown or cannot run on tensors of ``device``."""
+    check_backend_name(backend)
+    if backend == "numba":
+        if not _HAS_NUMBA:
+            raise ValueError("backend='numba' needs the package numba, which is not installed (pip install numba)")
+        if device.type != "cpu":
+            raise ValueError(f"backend='numba' needs a CPU, but the logits are on {str(device)!r}: use 'auto'")
+    if backend.startswith("triton"):
+        if not _HAS_TRITON:
+            raise ValueError(f"backend={backend!r} needs the package triton, which is not installed (pip install triton)")
+        if not _module("triton_tiled").runs_on(device):
+            raise ValueError(
+                f"backend={backend!r} needs a CUDA or ROCm GPU, but the logits are on {str(device)!r}: "
+                "use 'torch' or 'auto' (to try the kernels without a GPU: TRITON_INTERPRET=1 before their first use)"
+            )
+
+
+def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
+    """The backend that runs a product: ``"auto"`` and ``"triton"`` made definite; what they stand for is stated here."""
+    if backend == "auto":
+        if device_type == "cuda":  # ROCm builds of torch call their devices so, too
+            backend = "triton" if _HAS_TRITON else "torch"
+        else:
+            backend = "numba" if device_type == "cpu" and _HAS_NUMBA else "torch"
+    if backend == "triton":
+        backend = "triton_binned" if prefer_binned(rows, columns) else "triton_tiled"
+    return backend
+
+
+def _matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
+    if rows.numel() == 0 or columns.numel() == 0:
+        return torch.zeros_like(rows)
+    backend = resolve(backend, rows.device.type, rows.numel(), columns.numel())
+    return _module(_MODULES[backend]).matvec(rows, columns, weights, delta)
+
+
+def _rmatvec(
+    rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str
+) -> Tensor:
+    if rows.numel() == 0 or columns.numel() == 0:
+        return torch.zeros_like(columns, memory_format=torch.contiguous_format)
+    backend = resolve(backend, rows.device.type, rows.numel(), columns.numel())
+    return _module(_MODULES[backend]).rmatvec(rows, weights, columns, mask, delta)
+
+
+def _among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
+    if rows.numel() == 0:
+        return rows.new_zeros(3, 0)
+    backend = resolve(backend, rows.device.type, rows.numel(), rows.numel())
+    return _module("triton_tiled" if backend.startswith("triton") else "torch_binned").among_rows(rows, values, delta)
+
+
+def _classify(
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    on_gpu = targets.device.type == "cuda" and _HAS_TRITON and targets.numel() > 0
+    module = _module("triton_targets" if on_gpu else "torch_targets")
+    return module.classify(targets, num_classes, background, ignore_index, count)
+
+
+def _matvec_fake(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _rmatvec_fake(
+    rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str
+) -> Tensor:
+    return torch.empty_like(columns, memory_format=torch.contiguous_format)
+
+
+def _among_rows_fake(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
+    return rows.new_empty(3, rows.numel())
+
+
+def _classify_fake(
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    negatives = targets.new_empty(targets.numel() * (num_classes or 1), dtype=torch.bool)
+    return negatives, targets.new_empty(count, dtype=torch.int64), targets.new_empty(2, dtype=torch.int64)
+
+
+_library = torch.library.Library("alrp_triton", "DEF")
+for _signature, _kernel, _fake in (
+    ("matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend) -> Tensor", _matvec, _matvec_fake),
+    (
+        "rmatvec(Tensor rows, Tensor weights, Tensor columns, Tensor? mask, float delta, str backend) -> Tensor",
+        _rmatvec,
+        _rmatvec_fake,
+    ),
+    ("among_rows(Tensor rows, Tensor values, float delta, str backend) -> Tensor", _among_rows, _among_rows_fake),
+    (
+        "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count)"
+        " -> (Tensor, Tensor, Tensor)",
+        _classify,
+        _classify_fake,
+    ),
+):
+    _name = _library.define(_signature)
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alrp_triton::{_name}", _fake, lib=_library)
+
+matvec = torch.ops.alrp_triton.matvec
+rmatvec = torch.ops.alrp_triton.rmatvec
+among_rows = torch.ops.alrp_triton.among_rows
+classify = torch.ops.alrp_triton.classify
