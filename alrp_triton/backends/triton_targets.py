@@ -1,0 +1,90 @@
+"""Targets read in one pass by Triton: mask of the negatives, indices of the positives, and what is wrong.
+
+A block of targets with positives takes a place for them by an atomic counter, in whatever order blocks come; sorting the
+P indices afterwards makes the result independent of it. The host waits for nothing.
+"""
+
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_tiled import readable
+
+BLOCK = 2048
+CLASS_TILE = {"ANCHORS": 32, "CLASSES": 64}
+WARPS = 4
+
+
+@triton.jit
+def _report(positive, bad, where, positives_ptr, status_ptr, count):
+    """Append the places of a block's positives, and count its positives and bad values."""
+    found = tl.sum(positive.to(tl.int64), axis=0)
+    if found > 0:
+        place = tl.atomic_add(status_ptr, found) + tl.cumsum(positive.to(tl.int64), axis=0) - 1
+        tl.store(positives_ptr + place, where, mask=positive & (place < count))
+    wrong = tl.sum(bad.to(tl.int64), axis=0)
+    if wrong > 0:
+        tl.atomic_add(status_ptr + 1, wrong)
+
+
+@triton.jit(do_not_specialize=["count", "N"])
+def dense_kernel(
+    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, N: tl.int64, SIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program b: targets of block b, one for each logit."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + index, mask=index < N, other=0)
+    negative, positive = target == 0, target == 1
+    bad = ~(negative | positive)
+    if SIGNED:  # -1 would wrap around to the largest value of an unsigned dtype
+        bad = bad & (target != -1)
+    tl.store(negatives_ptr + index, negative.to(tl.int8), mask=index < N)
+    _report(positive, bad, index, positives_ptr, status_ptr, count)
+
+
+@triton.jit(do_not_specialize=["count", "anchors", "classes", "background", "ignore_index"])
+def classes_kernel(
+    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, anchors: tl.int64, classes: tl.int64,
+    background: tl.int64, ignore_index: tl.int64, ANCHORS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Program b: class indices of block b of the anchors, and all their logits."""
+    anchor = tl.program_id(0).to(tl.int64) * ANCHORS + tl.arange(0, ANCHORS)
+    inside = anchor < anchors
+    target = tl.load(targets_ptr + anchor, mask=inside, other=0).to(tl.int64)
+    counted = target != ignore_index
+    nothing = (target == background) | ~counted
+    known = (target >= 0) & (target < classes)
+    for begin in range(0, classes, CLASSES):
+        c = begin + tl.arange(0, CLASSES)
+        negative = counted[:, None] & (nothing[:, None] | (c[None, :] != target[:, None]))
+        where = anchor[:, None] * classes + c[None, :]
+        tl.store(negatives_ptr + where, negative.to(tl.int8), mask=inside[:, None] & (c[None, :] < classes))
+    positive = inside & known & ~nothing
+    _report(positive, inside & ~known & ~nothing, anchor * classes + target, positives_ptr, status_ptr, count)
+
+
+def classify(
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
+    n, signed = targets.numel(), targets.dtype.is_signed
+    read = readable(targets)
+    negatives = torch.empty(n * (num_classes or 1), dtype=torch.bool, device=targets.device)
+    places = torch.zeros(count + 2, dtype=torch.int64, device=targets.device)
+    status, positives = places[:2], places[2:]
+    with torch.cuda.device_of(targets):
+        if num_classes is None:
+            dense_kernel[(triton.cdiv(n, BLOCK),)](
+                read, negatives.view(torch.int8), positives, status, count, n, SIGNED=signed, BLOCK=BLOCK,
+                num_warps=WARPS,
+            )  # fmt: skip
+        else:
+            classes_kernel[(triton.cdiv(n, CLASS_TILE["ANCHORS"]),)](
+                read, negatives.view(torch.int8), positives, status, count, n, num_classes, background, ignore_index,
+                num_warps=WARPS, **CLASS_TILE,
+            )  # fmt: skip
+    return negatives, positives.sort().values, status
