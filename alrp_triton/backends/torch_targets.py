@@ -29,9 +29,9 @@ def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         part = slice(start, start + chunk)
         codes, wrong = _codes(targets[part])
         bad = bad | wrong
-        positives.append(codes.clamp(min=0).nonzero().view(-1) + start)
+        positives.append((codes == 1).nonzero().view(-1) + start)
         # 1 - |code|, byte by byte: what a comparison would give, several times faster.
-        negatives[part].view(torch.int8).copy_(codes.abs_().bitwise_xor_(1).bitwise_and_(1))
+        negatives[part].view(torch.int8).copy_(codes.abs().bitwise_xor_(1).bitwise_and_(1))
     return negatives, torch.cat(positives), bad
 
 

@@ -1,0 +1,82 @@
+"""Targets read by Triton's kernels and by torch operations, against a loop over values."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from alrp_triton.backends import torch_targets
+
+
+@pytest.fixture(params=["torch_targets", "triton_targets"])
+def classify(request: pytest.FixtureRequest) -> object:
+    if request.param == "torch_targets":
+        return torch_targets.classify
+    from alrp_triton.backends import triton_targets
+
+    return triton_targets.classify
+
+
+def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) -> tuple[list[bool], list[int], int]:
+    negatives: list[bool] = []
+    positives: list[int] = []
+    bad = 0
+    for target in targets.reshape(-1).tolist():
+        if classes is None:
+            negatives.append(target == 0)
+            if target == 1:
+                positives.append(len(negatives) - 1)
+            bad += target not in (0, 1) and not (target == -1 and targets.dtype.is_signed)
+        else:
+            positive = 0 <= target < classes and target not in (background, ignore)
+            if positive:
+                positives.append(len(negatives) + target)
+            negatives += [target != ignore and not (positive and c == target) for c in range(classes)]
+            bad += not (0 <= target < classes or target in (background, ignore))
+    return negatives, positives, bad
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float32, torch.bfloat16, torch.uint16])  # fmt: skip
+@pytest.mark.parametrize("n", [1, 2048, 5001])
+@pytest.mark.parametrize("values", ["good", "bad"])
+def test_dense(classify: object, dtype: torch.dtype, n: int, values: str, device: str) -> None:
+    rng = np.random.default_rng(n)
+    targets = torch.tensor(rng.choice([-1, 0, 1] if dtype.is_signed else [0, 1], n, p=[0.1, 0.85, 0.05] if dtype.is_signed else [0.9, 0.1]))  # fmt: skip
+    if values == "bad" and dtype != torch.bool:
+        targets[n // 2] = 255 if dtype == torch.uint8 else 3
+    targets = targets.to(dtype)
+    negatives, positives, bad = by_hand(targets, None, 0, -1)
+    given = targets.to(device)
+    mask, where, status = classify(given, None, 0, -1, len(positives))
+    assert torch.equal(given.cpu(), targets)
+    assert status[0] == len(positives)
+    assert (status[1] > 0) == (bad > 0)
+    if not bad:
+        assert mask.tolist() == negatives
+        assert where.tolist() == positives
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+@pytest.mark.parametrize(("background", "ignore"), [(-2, -1), (3, 5), (200, 100)])
+@pytest.mark.parametrize(("anchors", "classes"), [(1, 1), (70, 7), (33, 80), (40, 130)])
+def test_class_indices(classify: object, dtype: torch.dtype, background: int, ignore: int, anchors: int, classes: int, device: str) -> None:  # fmt: skip
+    choices = [*range(min(classes, 100)), background, ignore]
+    choices = [choice for choice in choices if dtype.is_signed or choice >= 0]
+    targets = torch.tensor(np.random.default_rng(0).choice(choices, anchors)).to(dtype)
+    negatives, positives, bad = by_hand(targets, classes, background, ignore)
+    assert bad == 0
+    mask, where, status = classify(targets.to(device), classes, background, ignore, len(positives))
+    assert status.tolist() == [len(positives), 0]
+    assert mask.tolist() == negatives
+    assert where.tolist() == positives
+    targets[anchors // 2] = 250 if dtype == torch.uint8 else 1000
+    assert classify(targets.to(device), classes, background, ignore, 0)[2][1] > 0
+
+
+def test_another_number_of_positives_is_told_and_writes_nothing_beyond(classify: object, device: str) -> None:
+    targets = torch.ones(3000, dtype=torch.int8, device=device)
+    for count in (0, 5, 2999, 3001):
+        _, where, status = classify(targets, None, 0, -1, count)
+        assert where.shape == (count,)
+        assert status.tolist() == [3000, 0]
+        assert ((where >= 0) & (where < 3000)).all()
