@@ -129,9 +129,7 @@ class ComparisonMatrix:
             Shape and dtype of ``columns``.
         """
         self._check_row_vector("w", w)
-        return operators.rmatvec(
-            self._rows, self._to_sorted(w), self.columns, self.mask, self.delta, self.backend
-        )
+        return operators.rmatvec(self._rows, self._to_sorted(w), self.columns, self.mask, self.delta, self.backend)
 
     def among_rows(self, v: Tensor) -> Tensor:
         """The rows compared among themselves, in place of the columns and the mask.
@@ -140,8 +138,8 @@ class ComparisonMatrix:
             v: floats ``(P,)``, in the order of ``rows``.
 
         Returns:
-            float64 ``(3, P)``, in the order of ``rows``: for each row i, over all rows k with itself, the sums of h(s_k -
-            s_i), of h(s_k - s_i) v_k, and of 1[s_k >= s_i] v_k.
+            float64 ``(3, P)``, in the order of ``rows``: for each row i, over all rows k with itself, the sums of
+            h(s_k - s_i), of h(s_k - s_i) v_k, and of 1[s_k >= s_i] v_k.
         """
         self._check_row_vector("v", v)
         return self._from_sorted(operators.among_rows(self._rows, self._to_sorted(v), self.delta, self.backend))

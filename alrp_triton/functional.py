@@ -76,8 +76,9 @@ class _ALRPLoss(torch.autograd.Function):
         error = share = None
         if ctx.needs_input_grad[0]:
             idle = false_positives <= eps  # NaN is not idle
-            error = torch.where(idle, 0.0, (false_positives + box - matrix.at_zero * errors) / rank)
-            share = torch.where(idle, 0.0, error / false_positives)
+            others = torch.sub(box, errors, alpha=matrix.at_zero)  # all but its own box error
+            error = ((false_positives + others) / rank).masked_fill_(idle, 0.0)
+            share = (error / false_positives).masked_fill_(idle, 0.0)
 
         ctx.settings = settings
         ctx.save_for_backward(

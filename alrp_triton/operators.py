@@ -8,15 +8,15 @@ choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)`
   column of weight 0 or False is not looked at.
 * ``rmatvec(rows, weights, columns, mask, delta, backend)``: g_j = sum_i H_ij w_i in the dtype and shape of the columns,
   0 where the mask is False.
-* ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v, and
-  H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
+* ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v,
+  and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
 * ``classify(targets, num_classes, background, ignore_index, count)``: bool mask of the negatives ``(N,)``, int64 flat
-  indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many values
-  that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
+  indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many
+  values that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
 
 A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and, in what contains v, a
-value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN. Results are bitwise
-repeatable on the CPU and in the Triton kernels.
+value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN.
+Results are bitwise repeatable on the CPU and in the Triton kernels.
 """
 
 import importlib
@@ -64,7 +64,9 @@ def check_backend(backend: str, device: torch.device) -> None:
             raise ValueError(f"backend='numba' needs a CPU, but the logits are on {str(device)!r}: use 'auto'")
     if backend.startswith("triton"):
         if not _HAS_TRITON:
-            raise ValueError(f"backend={backend!r} needs the package triton, which is not installed (pip install triton)")
+            raise ValueError(
+                f"backend={backend!r} needs the package triton, which is not installed (pip install triton)"
+            )
         if not _module("triton_tiled").runs_on(device):
             raise ValueError(
                 f"backend={backend!r} needs a CUDA or ROCm GPU, but the logits are on {str(device)!r}: "
@@ -73,7 +75,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
-    """The backend that runs a product: ``"auto"`` and ``"triton"`` made definite; what they stand for is stated here."""
+    """The backend that runs a product; what ``"auto"`` and ``"triton"`` stand for is stated here."""
     if backend == "auto":
         if device_type == "cuda":  # ROCm builds of torch call their devices so, too
             backend = "triton" if _HAS_TRITON else "torch"
@@ -91,9 +93,7 @@ def _matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float,
     return _module(_MODULES[backend]).matvec(rows, columns, weights, delta)
 
 
-def _rmatvec(
-    rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str
-) -> Tensor:
+def _rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float, backend: str) -> Tensor:
     if rows.numel() == 0 or columns.numel() == 0:
         return torch.zeros_like(columns, memory_format=torch.contiguous_format)
     backend = resolve(backend, rows.device.type, rows.numel(), columns.numel())

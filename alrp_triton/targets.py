@@ -79,10 +79,12 @@ def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Ten
 
     def bad_values() -> ValueError:
         values, counts = targets.unique(return_counts=True)
-        seen = [(value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in meaningful]
+        seen = [
+            (value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in meaningful
+        ]
         return ValueError(
-            f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none of "
-            "these"
+            f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
+            "of these"
         )
 
     def bad_count() -> ValueError:

@@ -1,5 +1,7 @@
 """The CPU backends where their search has something to do: grids, crowded cells, blocks, and the worst cases for both."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ NAMES = [
 
 
 @pytest.fixture(params=[torch_binned, numba_binned])
-def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     # More than one block and chunk, the last of them short.
     monkeypatch.setattr(numba_binned, "_BLOCK", 4200)
     monkeypatch.setattr(torch_binned, "_CHUNK", 4000)
@@ -57,7 +59,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> o
 
 @pytest.mark.parametrize("delta", [1.0, 0.3, 1e-3, 1e-30, 0.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_against_the_dense_matrix(module: object, name: str, delta: float) -> None:
+def test_against_the_dense_matrix(module: ModuleType, name: str, delta: float) -> None:
     rows, columns = draw(name)
     mask = torch.rand(len(columns), generator=torch.Generator().manual_seed(1)) < 0.9
     weights = torch.rand(len(rows), dtype=torch.float64)
@@ -72,7 +74,7 @@ def test_against_the_dense_matrix(module: object, name: str, delta: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta", [1.0, 0.0])
-def test_dtypes(module: object, dtype: torch.dtype, delta: float) -> None:
+def test_dtypes(module: ModuleType, dtype: torch.dtype, delta: float) -> None:
     rows, columns = draw("random")
     rows, columns = rows.to(dtype).double().sort().values, columns.to(dtype)
     columns[7], columns[8] = torch.inf, -torch.inf
@@ -84,7 +86,7 @@ def test_dtypes(module: object, dtype: torch.dtype, delta: float) -> None:
     assert_near(product, as_numpy(weights) @ h, TOLERANCE[dtype])
 
 
-def test_nan(module: object) -> None:
+def test_nan(module: ModuleType) -> None:
     rows, columns = draw("random")
     weights = torch.rand(len(rows), dtype=torch.float64)
     columns[5000] = torch.nan
@@ -103,7 +105,7 @@ def test_nan(module: object) -> None:
         assert torch.equal(module.rmatvec(rows, broken, columns, mask, 1.0).isnan(), mask)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(module: object) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(module: ModuleType) -> None:
     rows, _ = draw("random")
     columns = torch.randn(50_000)
     weights = torch.rand(len(rows), dtype=torch.float64)

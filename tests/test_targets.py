@@ -1,5 +1,7 @@
 """Targets read by Triton's kernels and by torch operations, against a loop over values."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from torch import Tensor
 
 from alrp_triton.backends import torch_targets
 
+Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
 
 @pytest.fixture(params=["torch_targets", "triton_targets"])
-def classify(request: pytest.FixtureRequest) -> object:
+def classify(request: pytest.FixtureRequest) -> Classify:
     if request.param == "torch_targets":
         return torch_targets.classify
     from alrp_triton.backends import triton_targets
@@ -39,7 +43,7 @@ def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float32, torch.bfloat16, torch.uint16])  # fmt: skip
 @pytest.mark.parametrize("n", [1, 2048, 5001])
 @pytest.mark.parametrize("values", ["good", "bad"])
-def test_dense(classify: object, dtype: torch.dtype, n: int, values: str, device: str) -> None:
+def test_dense(classify: Classify, dtype: torch.dtype, n: int, values: str, device: str) -> None:
     rng = np.random.default_rng(n)
     targets = torch.tensor(rng.choice([-1, 0, 1] if dtype.is_signed else [0, 1], n, p=[0.1, 0.85, 0.05] if dtype.is_signed else [0.9, 0.1]))  # fmt: skip
     if values == "bad" and dtype != torch.bool:
@@ -59,7 +63,7 @@ def test_dense(classify: object, dtype: torch.dtype, n: int, values: str, device
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
 @pytest.mark.parametrize(("background", "ignore"), [(-2, -1), (3, 5), (200, 100)])
 @pytest.mark.parametrize(("anchors", "classes"), [(1, 1), (70, 7), (33, 80), (40, 130)])
-def test_class_indices(classify: object, dtype: torch.dtype, background: int, ignore: int, anchors: int, classes: int, device: str) -> None:  # fmt: skip
+def test_class_indices(classify: Classify, dtype: torch.dtype, background: int, ignore: int, anchors: int, classes: int, device: str) -> None:  # fmt: skip
     choices = [*range(min(classes, 100)), background, ignore]
     choices = [choice for choice in choices if dtype.is_signed or choice >= 0]
     targets = torch.tensor(np.random.default_rng(0).choice(choices, anchors)).to(dtype)
@@ -73,7 +77,7 @@ def test_class_indices(classify: object, dtype: torch.dtype, background: int, ig
     assert classify(targets.to(device), classes, background, ignore, 0)[2][1] > 0
 
 
-def test_another_number_of_positives_is_told_and_writes_nothing_beyond(classify: object, device: str) -> None:
+def test_another_number_of_positives_is_told_and_writes_nothing_beyond(classify: Classify, device: str) -> None:
     targets = torch.ones(3000, dtype=torch.int8, device=device)
     for count in (0, 5, 2999, 3001):
         _, where, status = classify(targets, None, 0, -1, count)

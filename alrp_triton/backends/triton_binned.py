@@ -14,7 +14,7 @@ Columns are compared in float32 (float64 if that is what they are), exactly, wit
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 import math
 from typing import NamedTuple
@@ -32,8 +32,8 @@ BLOCK = 1024
 WARPS = 4
 TILE = {"OUT": 8, "IN": 128}
 _CELLS_A_KNOT = 2
-# Copies of the table of sums, so that programs rarely meet at an address; together at most so many bins.
-_MOST_COPIES, _MOST_BINS = 64, 1 << 18
+# Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
+_COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
 
 
 @triton.jit
@@ -53,8 +53,7 @@ def _above(x, dtype: tl.constexpr):
 @triton.jit
 def _is_jump(row, delta, dtype: tl.constexpr):
     """Whether delta is below the resolution around a row's score, so that its step is two jumps (knots.make_knots)."""
-    half_ulp: tl.constexpr = 2.0**-53 if dtype == tl.float64 else 2.0**-24
-    return delta <= tl.abs(row) * half_ulp
+    return delta <= tl.abs(row) * (2.0**-53 if dtype == tl.float64 else 2.0**-24)
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def _knot(row, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _rank(knot, rows_ptr, P, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
-    """How many upper knots are less than each lower one, or (UPPER) how many lower ones are not above each upper one."""
+    """How many upper knots are less than each lower one, or (UPPER) how many lower ones are at most each upper one."""
     low = tl.zeros(knot.shape, tl.int32)
     high = low + P
     while tl.max(high - low, axis=0) > 0:
@@ -94,8 +93,11 @@ def _rank(knot, rows_ptr, P, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P"])
-def knots_kernel(rows_ptr, knots_ptr, rise_ptr, done_ptr, P, delta: tl.float64, BLOCK: tl.constexpr):
-    """Program b: knots of block b of the rows, at their places in the order of all; rise and done as in knots.Knots."""
+def knots_kernel(rows_ptr, knots_ptr, rise_ptr, done_ptr, most_ptr, P, delta: tl.float64, BLOCK: tl.constexpr):
+    """Program b: knots of block b of the rows, at their places in the order of all; rise and done as in knots.Knots.
+
+    Makes most_ptr, which lut_kernel adds to, 0.
+    """
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < P
@@ -108,6 +110,8 @@ def knots_kernel(rows_ptr, knots_ptr, rise_ptr, done_ptr, P, delta: tl.float64, 
     tl.store(knots_ptr + done, upper, mask=inside)
     tl.store(rise_ptr + index, rise + 1, mask=inside)
     tl.store(done_ptr + index, done + 1, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(most_ptr, 0)
 
 
 @triton.jit
@@ -129,20 +133,21 @@ def _find(x, inside, knots_ptr, lut_ptr, P, M):
     cell = _cell(x, knots_ptr, P, M)
     low = tl.load(lut_ptr + cell, mask=inside, other=0)
     high = tl.load(lut_ptr + cell + 1, mask=inside, other=0)
-    while tl.max(high - low, axis=0) > 0:
+    most = tl.load(lut_ptr + M + 1)
+    while most > 0:  # knots between low and high, at most
         middle = (low + high) // 2
         open = low < high
         reached = open & (x >= tl.load(knots_ptr + middle, mask=open, other=0.0))
         low = tl.where(reached, middle + 1, low)
         high = tl.where(open & ~reached, middle, high)
+        most = most // 2
     return low
 
 
-@triton.jit(do_not_specialize=["P", "M"])
-def lut_kernel(knots_ptr, lut_ptr, P, M, BLOCK: tl.constexpr):
-    """Program b: for block b of the cells, 0 … M: how many knots lie in the cells before."""
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low = tl.zeros([BLOCK], tl.int32)
+@triton.jit
+def _first_of_cell(cell, knots_ptr, P, M):
+    """How many knots lie in the cells before each."""
+    low = tl.zeros(cell.shape, tl.int32)
     high = low + 2 * P
     while tl.max(high - low, axis=0) > 0:
         middle = (low + high) // 2
@@ -151,12 +156,22 @@ def lut_kernel(knots_ptr, lut_ptr, P, M, BLOCK: tl.constexpr):
         before = open & (_cell(knot, knots_ptr, P, M) < cell)
         low = tl.where(before, middle + 1, low)
         high = tl.where(open & ~before, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["P", "M"])
+def lut_kernel(knots_ptr, lut_ptr, P, M, BLOCK: tl.constexpr):
+    """Program b: for block b of the cells, 0 … M: how many knots lie in cells before; lut[M + 1]: most in a cell."""
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = _first_of_cell(cell, knots_ptr, P, M)
     tl.store(lut_ptr + cell, low, mask=cell <= M)
+    held = tl.where(cell < M, _first_of_cell(cell + 1, knots_ptr, P, M) - low, 0)
+    tl.atomic_max(lut_ptr + M + 1, tl.max(held, axis=0), sem="relaxed")
 
 
 @triton.jit
 def _position(x, bin, inside, knots_ptr, rate, HARD: tl.constexpr):
-    """h at the column less h at the lower knot of its bin, for a row with a slope there: at most 1 or so, else cut."""
+    """H at the column less h at the lower knot of its bin, for a row with a slope there: at most 1 or so, else cut."""
     if HARD:
         position = tl.zeros(x.shape, x.dtype)
     else:
@@ -210,7 +225,7 @@ def count_kernel(
 
 @triton.jit
 def _at_low(t, row, knots_ptr, P, delta, dtype: tl.constexpr, HARD: tl.constexpr):
-    """h of rows at the lower knot of bins, in float64, and dh/dposition there: 1, or 0 for a row that jumps."""
+    """H of rows at the lower knot of bins, in float64, and dh/dposition there: 1, or 0 for a row that jumps."""
     knot = tl.load(knots_ptr + t - 1, mask=(t > 0) & (t <= 2 * P), other=0.0).to(tl.float64)
     knot = tl.minimum(knot, 1.7e308 if dtype == tl.float64 else 3.4e38)  # an infinite knot counts for no row's slope
     if HARD:
@@ -301,7 +316,7 @@ def evaluate_kernel(
 
 
 class _Bins(NamedTuple):
-    """What both products need: knots (2P,), the bins of each row (P,), and the look-up table (cells + 1,)."""
+    """What both products need: knots (2P,), the bins of each row (P,), and the look-up table (cells + 2,)."""
 
     knots: Tensor
     rise: Tensor
@@ -314,9 +329,11 @@ def _make_bins(rows: Tensor, columns: Tensor, delta: float) -> _Bins:
     p = rows.numel()
     cells = triton.next_power_of_2(2 * p * _CELLS_A_KNOT)
     knots = torch.empty(2 * p, dtype=working_dtype(columns), device=rows.device)
-    places = torch.empty(2 * p + cells + 1, dtype=torch.int32, device=rows.device)
+    places = torch.empty(2 * p + cells + 2, dtype=torch.int32, device=rows.device)
     rise, done, lut = places[:p], places[p : 2 * p], places[2 * p :]
-    knots_kernel[(triton.cdiv(p, 128),)](rows, knots, rise, done, p, delta, BLOCK=128, num_warps=WARPS)
+    knots_kernel[(triton.cdiv(p, 128),)](
+        rows, knots, rise, done, lut[cells + 1 :], p, delta, BLOCK=128, num_warps=WARPS
+    )
     lut_kernel[(triton.cdiv(cells + 1, 256),)](knots, lut, p, cells, BLOCK=256, num_warps=WARPS)
     return _Bins(knots, rise, done, lut, cells)
 
@@ -332,13 +349,13 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     out = torch.empty_like(rows)
     with torch.cuda.device_of(rows):
         bins = _make_bins(rows, columns, delta)
-        copies = max(1, min(_MOST_COPIES, _MOST_BINS // (2 * p + 1)))
+        copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p + 1)))
         table = torch.zeros(copies, 2, 2 * p + 1, dtype=torch.int64, device=rows.device)
         # A sum of n positions of at most 2 stays below 2**62.
         scale = 2.0 ** (61 - max(n - 1, 1).bit_length())
         count_kernel[(triton.cdiv(n, BLOCK),)](
-            columns.contiguous(), readable(weights), bins.knots, bins.lut, table, p, bins.cells, n, copies, delta, scale,
-            BLOCK=BLOCK, HARD=hard, num_warps=WARPS,
+            columns.contiguous(), readable(weights), bins.knots, bins.lut, table, p, bins.cells, n, copies, delta,
+            scale, BLOCK=BLOCK, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
         rows_kernel[(triton.cdiv(p, TILE["OUT"]),)](
             rows, bins.knots, bins.rise, bins.done, table.sum(0), out, p, delta, 1 / scale, HARD=hard,

@@ -1,7 +1,7 @@
 """Targets read in one pass by Triton: mask of the negatives, indices of the positives, and what is wrong.
 
-A block of targets with positives takes a place for them by an atomic counter, in whatever order blocks come; sorting the
-P indices afterwards makes the result independent of it. The host waits for nothing.
+A block of targets with positives takes a place for them by an atomic counter, in whatever order blocks come; sorting
+the P indices afterwards makes the result independent of it. The host waits for nothing.
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false

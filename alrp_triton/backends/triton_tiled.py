@@ -140,7 +140,7 @@ def prepare_kernel(
     rows_ptr, weights_ptr, scores_ptr, offsets_ptr, shares_ptr, P, delta: tl.float64,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """What rmatvec_kernel reads: rows, offsets and weights in its dtype, and shares[P], 0 if all are finite, else NaN."""
+    """What rmatvec_kernel reads: rows, offsets, weights in its dtype, and shares[P], 0 if all are finite, else NaN."""
     dtype = scores_ptr.dtype.element_ty
     poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.zeros([BLOCK], tl.float64)
     for begin in range(0, P, BLOCK):

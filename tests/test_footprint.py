@@ -1,0 +1,124 @@
+"""What a step costs beside its arithmetic, on the GPU path: operations, kernel launches, and memory of size N.
+
+Every operation that torch dispatches in forward + backward is recorded, those inside our own operators included, while
+the Triton kernels run (in the interpreter where there is no GPU). Views cost nothing and are left out.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+# pyright: reportPrivateUsage=false
+import pytest
+import torch
+from torch.utils._python_dispatch import (  # pyright: ignore[reportPrivateImportUsage]
+    TorchDispatchMode,
+    _disable_current_modes,
+)
+
+from alrp_triton import alrp_loss, operators
+from alrp_triton.operators import Backend
+
+N, P = 6000, 20
+
+
+class Recorder(TorchDispatchMode):
+    """Names of operations and launches, and sizes in bytes of what they allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.launches: list[str] = []
+        self.allocated: list[tuple[str, int]] = []
+        self.known: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "alrp_triton":
+            with self:
+                return getattr(operators, f"_{func._opname}")(*args, **(kwargs or {}))
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                self.known[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            if not func._opname.startswith(("empty", "new_empty", "promote_types")):  # which launch nothing
+                self.operations.append(func._opname)
+            for value in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.known:
+                    self.known[value.untyped_storage().data_ptr()] = value.untyped_storage()
+                    self.allocated.append((func._opname, value.untyped_storage().nbytes()))
+        return result
+
+    def of_size_n(self) -> list[int]:
+        """Bytes for each of the N logits of every allocation that grows with N."""
+        return [size // N for _, size in self.allocated if size >= N // 2]
+
+
+@contextmanager
+def gpu_path(recorder: Recorder) -> Generator[None]:
+    """Triton's kernels for targets too, and every launch recorded; what the interpreter does for itself is not."""
+    module = operators._module
+    with pytest.MonkeyPatch.context() as monkeypatch, recorder:
+        instead = {"torch_targets": "triton_targets"}
+        monkeypatch.setattr(operators, "_module", lambda name: module(instead.get(name, name)))  # pyright: ignore[reportUnknownLambdaType]
+        for name in ("triton_tiled", "triton_binned", "triton_targets"):
+            for attribute, kernel in vars(module(name)).items():
+                if attribute.endswith("_kernel"):
+                    monkeypatch.setattr(module(name), attribute, _Recorded(kernel, attribute, recorder))
+        yield
+
+
+class _Recorded:
+    """A kernel that tells of its launch."""
+
+    def __init__(self, kernel: Any, name: str, recorder: Recorder) -> None:
+        self.kernel, self.name, self.recorder = kernel, name, recorder
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.recorder.launches.append(self.name)
+            with _disable_current_modes():
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def record(backend: Backend, form: str, device: str) -> tuple[Recorder, Recorder]:
+    """Forward, and backward."""
+    classes = 8
+    shape = (N // classes, classes)
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    errors = torch.rand(P, device=device, requires_grad=True)
+    indices = torch.full((N // classes,), classes, device=device)
+    indices[:P] = 3
+    targets = (
+        torch.nn.functional.one_hot(indices, classes + 1)[:, :classes].contiguous() if form == "dense" else indices
+    )
+    forward, backward = Recorder(), Recorder()
+    with gpu_path(forward):
+        out = alrp_loss(logits, targets, errors, backend=backend)
+    one = torch.ones((), device=device)
+    with gpu_path(backward):
+        torch.autograd.grad([out.classification, out.localisation], [logits, errors], [one, one])
+    return forward, backward
+
+
+@pytest.mark.parametrize("form", ["dense", "classes"])
+@pytest.mark.parametrize(
+    ("kernels", "in_forward", "in_backward"), [("triton_tiled", 30, 12), ("triton_binned", 31, 12)]
+)
+def test_footprint(kernels: Backend, in_forward: int, in_backward: int, form: str, device: str) -> None:
+    """Of size N: one mask, one gradient, and each read by as many kernels as it takes. Of size P: few operations."""
+    forward, backward = record(kernels, form, device)
+    assert forward.of_size_n() == [1]
+    assert backward.of_size_n() == [4]
+    targets = "dense_kernel" if form == "dense" else "classes_kernel"
+    if kernels == "triton_tiled":
+        assert forward.launches == [targets, "matvec_kernel", "among_rows_kernel"]
+        assert backward.launches == 2 * ["prepare_kernel", "rmatvec_kernel"]  # logits, box errors
+    else:
+        tables = ["knots_kernel", "lut_kernel"]
+        assert forward.launches == [targets, *tables, "count_kernel", "rows_kernel", "among_rows_kernel"]
+        assert backward.launches == 2 * [*tables, "lines_kernel", "evaluate_kernel"]
+    assert len(forward.operations) <= in_forward, forward.operations
+    assert len(backward.operations) <= in_backward, backward.operations
