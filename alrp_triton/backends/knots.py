@@ -8,8 +8,8 @@ together, every h is a straight line in the column's value x. Hence
 * ``matvec`` is its transpose: all that a row needs of the columns in a bin is their number and the sum of their values.
 
 Knots are rounded **up to the columns' own precision**, which changes no comparison with a column: x >= k is the same as
-x >= the least such number that is not below k. So the search may compare in float32 and is exact. Positions in a bin are
-taken relative to its lower knot. All that is of size P is float64, and is NumPy's, whose calls cost a fraction of
+x >= the least such number that is not below k. So the search may compare in float32 and is exact. Positions in a bin
+are taken relative to its lower knot. All that is of size P is float64, and is NumPy's, whose calls cost a fraction of
 torch's: for small problems they are most of the time.
 """
 
@@ -42,6 +42,10 @@ class Knots(NamedTuple):
         """Columns relative to the lower knot of their bin, float64; 0 where it does not matter, NaN for NaN."""
         low, sloped = (torch.from_numpy(table).to(x.device).index_select(0, bins) for table in (self.low, self.sloped))
         return torch.where(sloped | x.isnan(), x - low, 0.0)
+
+    def by_bin(self, bins: Indices, weights: Floats) -> Floats:
+        """The sum of the weights in each bin ``(2P + 1,)``."""
+        return np.bincount(bins, weights, len(self.low)).astype(np.float64, copy=False)
 
     def lines(self, weights: Floats) -> tuple[Floats, Floats]:
         """The function sum_i w_i h(x - s_i) by bin: its value at the lower knot, and its slope."""
@@ -125,10 +129,7 @@ def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
     knots = make_knots(s, delta, torch.float64)
     bins = knots.values.searchsorted(s, "right")
     position = knots.positions(torch.from_numpy(s), torch.from_numpy(bins)).numpy()
-    sums = [
-        knots.sums(np.bincount(bins, w, len(knots.low)), np.bincount(bins, w * position, len(knots.low)))
-        for w in (np.ones_like(v), v)
-    ]
+    sums = [knots.sums(*(knots.by_bin(bins, u) for u in (w, w * position))) for w in (np.ones_like(v), v)]
     least = np.minimum(s.searchsorted(s), len(s) - 1)  # the first of equal rows
     hard = v[::-1].cumsum()[::-1][least] + (v * 0).sum() + knots.poison
     return torch.from_numpy(np.stack([*sums, hard])).to(rows.device)

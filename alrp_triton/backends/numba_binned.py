@@ -2,52 +2,46 @@
 
 Knots, grid and half-cells are those of :mod:`.torch_binned`; here a column's numbers stay in the first-level cache from
 one step to the next. Columns are cut into blocks by their number alone, and each block is summed by itself, so results
-do not depend on the number of threads, which is torch's. Functions are compiled at first use, a second or two for each
+do not depend on the number of threads, which is torch's. Functions are compiled at first use, some seconds for each
 kind of input, and cached on disk by numba.
 """
 
 # numba has no types, and what it compiles is not called as Python.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportCallIssue=false
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import torch_binned
+from . import threads, torch_binned
 from .knots import as_array, make_knots, working_dtype
 from .torch_binned import Grid, make_grid
 
-# Long against the start of a thread and the clearing of a table, short enough to share evenly.
-_BLOCK = 1 << 17
-_MOST_BLOCKS = 64  # each has a table of O(P)
+# A block is long against the start of a thread and the clearing of a table; each has a table of O(P).
+_BLOCK, _MOST_BLOCKS = 1 << 18, 32
 _STRIP = 1024  # columns that take a step together: their numbers fit the first-level cache
 
 _compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @_compile
-def _locate(x, scale, first, knot, cell, position, half, picked):
-    """Cell, position in it and half-cell of each column, as Grid.locate has them; number and indices of crowded ones."""
-    last = x.dtype.type(first + len(knot) - 2)
+def _locate(x, scale, first, cells, cell, position):
+    """Cell and position in it of each column, as Grid.cell has them; NaN in cell 0."""
+    last = x.dtype.type(first + cells - 2)
     for j in range(len(x)):  # without a branch, so that it becomes vector instructions
         y = x[j] * scale
         y = y if y > first else first  # NaN, too
         y = y if y < last else last
         floor = np.floor(y)
         position[j] = y - floor
-        cell[j] = np.int32(floor - first)
-    crowded = 0
-    for j in range(len(x)):
-        k = knot[np.uint32(cell[j])]
-        half[j] = 2 * cell[j] + (position[j] >= k)
-        picked[crowded] = j
-        crowded += k != k
-    return crowded
+        cell[j] = np.uint32(np.int32(floor - first))
 
 
 @_compile
@@ -64,56 +58,77 @@ def _search(x, cell, base, ladder):
 
 
 @_compile
-def _count(columns, weights, scale, first, knot, base, ladder, bins, start, low, by_bin):
-    """Add to by_bin (2P + 1, 2) the number of columns in each bin, and the sum of their positions; NaN if one is NaN."""
+def _count(columns, weights, size, scale, first, knot, base, ladder, low, by_bin):
+    """Number of columns in each bin, and sum of their positions: by_bin (blocks, 2P + 1, 2).
+
+    Each block of ``size`` columns by itself. NaN in bin 0 if a column that counts is NaN.
+    """
     by_half = np.zeros((2 * len(knot), 2))
-    cell, half, picked = np.empty((3, _STRIP), np.int32)
-    position = np.empty(_STRIP, columns.dtype)
-    for begin in range(0, len(columns), _STRIP):
-        x = columns[begin : begin + _STRIP]
-        crowded = _locate(x, scale, first, knot, cell, position, half, picked)
-        v = weights[begin : begin + _STRIP]
-        nan = False
-        for j in range(len(x)):
-            nan |= (x[j] != x[j]) & (v[j] != 0)
-        for j in range(len(x)):
-            w = np.float64(v[j])
-            by_half[np.uint32(half[j]), 0] += w
-            by_half[np.uint32(half[j]), 1] += w * position[j]
-        if nan:
-            by_bin[0, 0] = np.nan
-        for j in picked[:crowded]:
-            if v[j] != 0:
-                bin = _search(x[j], cell[j], base, ladder)
-                w = np.float64(v[j])
-                by_bin[bin, 0] += w
-                by_bin[bin, 1] += w * (x[j] - low[bin])
-    for h in range(len(by_half)):
-        if knot[h // 2] == knot[h // 2]:
-            by_bin[bins[h], 0] += by_half[h, 0]
-            by_bin[bins[h], 1] += by_half[h, 1] / scale + by_half[h, 0] * start[h]
+    cell, picked, position = np.empty(_STRIP, np.uint32), np.empty(_STRIP, np.uint32), np.empty(_STRIP, columns.dtype)
+    for block in range(len(by_bin)):
+        sums = by_bin[block]
+        for begin in range(block * size, min((block + 1) * size, len(columns)), _STRIP):
+            end = min(begin + _STRIP, (block + 1) * size)
+            x, v = columns[begin:end], weights[begin:end]
+            _locate(x, scale, first, len(knot), cell, position)
+            nan = False
+            for j in range(len(x)):
+                nan |= (x[j] != x[j]) & (v[j] != 0)
+            if nan:
+                sums[0, 0] = np.nan
+            crowded = np.uint32(0)  # signed numbers would be tested for being negative wherever they are an index
+            for j in range(len(x)):
+                c, y, w = cell[j], position[j], np.float64(v[j])
+                k = knot[c]
+                half = np.uint32(2) * c + np.uint32(y >= k)
+                by_half[half, 0] += w
+                by_half[half, 1] += w * y
+                picked[crowded] = np.uint32(j)
+                crowded += np.uint32(k != k)
+            for j in picked[:crowded]:
+                if v[j] != 0:
+                    bin = _search(x[j], cell[j], base, ladder)
+                    sums[bin, 0] += v[j]
+                    sums[bin, 1] += v[j] * np.float64(x[j] - low[bin])
+        _fold(by_half, scale, first, knot, base, low, sums)
 
 
 @_compile
-def _evaluate(columns, mask, scale, first, knot, base, ladder, by_half, by_bin, low, out):
-    """out = value + slope * position, from by_half (value, slope), or from by_bin in crowded cells; 0 where masked."""
-    cell, half, picked = np.empty((3, _STRIP), np.int32)
-    position = np.empty(_STRIP, columns.dtype)
+def _fold(by_half, scale, first, knot, base, low, sums):
+    """Move sums of half-cells to their bins, as Grid.fold does; by_half is 0 afterwards."""
+    for cell in range(len(knot)):
+        if knot[cell] == knot[cell]:  # not crowded
+            begin = (np.float64(first) + cell) / scale
+            for side in range(1 + (knot[cell] < 1)):
+                bin, half = base[cell] + side, 2 * cell + side
+                sums[bin, 0] += by_half[half, 0]
+                sums[bin, 1] += by_half[half, 1] / scale + by_half[half, 0] * (begin - low[bin])
+    by_half[:] = 0
+
+
+@_compile
+def _evaluate(columns, mask, scale, first, knot, base, ladder, low, by_half, by_bin, out):
+    """Out = value + slope * position, from by_half (value, slope), or from by_bin in crowded cells; 0 where masked."""
+    cell, picked, position = np.empty(_STRIP, np.uint32), np.empty(_STRIP, np.uint32), np.empty(_STRIP, columns.dtype)
     for begin in range(0, len(columns), _STRIP):
-        x = columns[begin : begin + _STRIP]
-        g = out[begin : begin + _STRIP]
-        crowded = _locate(x, scale, first, knot, cell, position, half, picked)
+        x, g = columns[begin : begin + _STRIP], out[begin : begin + _STRIP]
+        _locate(x, scale, first, len(knot), cell, position)
+        crowded = np.uint32(0)
         for j in range(len(x)):
-            h = np.uint32(half[j])
-            y = by_half[h, 0] + by_half[h, 1] * position[j]
-            g[j] = y if x[j] == x[j] else x[j]
+            c, y = cell[j], position[j]
+            k = knot[c]
+            half = np.uint32(2) * c + np.uint32(y >= k)
+            g[j] = by_half[half, 0] + by_half[half, 1] * y
+            picked[crowded] = np.uint32(j)
+            crowded += np.uint32(k != k)
         for j in picked[:crowded]:
-            if x[j] == x[j]:
-                bin = _search(x[j], cell[j], base, ladder)
-                y = by_bin[bin, 0]
-                if by_bin[bin, 1] != 0:  # 0 * inf is not what is meant
-                    y += by_bin[bin, 1] * (x[j] - low[bin])
-                g[j] = y
+            bin = _search(x[j], cell[j], base, ladder)
+            y = by_bin[bin, 0]
+            if by_bin[bin, 1] != 0:  # 0 * inf is not what is meant
+                y += by_bin[bin, 1] * (x[j] - low[bin])
+            g[j] = y
+        for j in range(len(x)):
+            g[j] = g[j] if x[j] == x[j] else x[j]
         if mask is not None:
             keep = mask[begin : begin + _STRIP]
             for j in range(len(x)):
@@ -121,25 +136,26 @@ def _evaluate(columns, mask, scale, first, knot, base, ladder, by_half, by_bin, 
 
 
 def _block_size(columns: int) -> int:
-    return max(_BLOCK, math.ceil(columns / _MOST_BLOCKS))
+    blocks = min(math.ceil(columns / _BLOCK), _MOST_BLOCKS)
+    return math.ceil(columns / blocks)
+
+
+def _share(task: Callable[[slice], None], columns: int, size: int, step: int) -> None:
+    """Call the task for all columns, ``step`` at a time, each thread on a run of whole blocks."""
+    blocks = math.ceil(columns / size)
+    runs = min(torch.get_num_threads(), blocks)
+    bounds = [min(blocks * run // runs * size, columns) for run in range(runs + 1)]
+
+    def call(start: int, stop: int) -> None:
+        for begin in range(start, stop, step):
+            task(slice(begin, min(begin + step, stop)))
+
+    threads.run([partial(call, *ends) for ends in pairwise(bounds)])
 
 
 def _search_arguments(grid: Grid) -> tuple[object, ...]:
     number = grid.knot.numpy().dtype.type
     return number(grid.scale), number(grid.first), grid.knot.numpy(), grid.base.numpy(), grid.ladder.numpy()
-
-
-def _by_block(task: Callable[[slice], None], columns: int, size: int) -> None:
-    """Call the task for every block of the columns, on as many threads as torch uses."""
-    parts = [slice(start, start + size) for start in range(0, columns, size)]
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads == 1:
-        for part in parts:
-            task(part)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(task, part) for part in parts]:
-            done.result()
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -152,19 +168,19 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     if grid is None:
         return torch_binned.matvec(rows, columns, weights, delta)
     search = _search_arguments(grid)
-    fold = *grid.halves(knots), knots.low
     columns, weights = columns.reshape(-1), None if weights is None else weights.reshape(-1)
-    tables = np.zeros((math.ceil(len(columns) / size), len(knots.low), 2))
-    ones = torch.ones(min(size, len(columns)), dtype=torch.bool)
+    by_bin = np.zeros((math.ceil(len(columns) / size), len(knots.low), 2))
+    step = size if working != columns.dtype or (weights is not None and weights.dtype != torch.bool) else len(columns)
+    ones = torch.ones(1, dtype=torch.bool).expand(len(columns))
 
     def count(part: slice) -> None:
-        x = columns[part].to(working)
-        v = ones[: len(x)] if weights is None else weights[part]
+        x, v = columns[part].to(working), (ones if weights is None else weights)[part]
         v = v if v.dtype == torch.bool else v.double()
-        _count(x.numpy(), v.numpy(), *search, *fold, tables[part.start // size])
+        blocks = slice(part.start // size, math.ceil(part.stop / size))
+        _count(x.numpy(), v.numpy(), size, *search, knots.low, by_bin[blocks])
 
-    _by_block(count, len(columns), size)
-    return torch.from_numpy(knots.sums(*tables.sum(0).T))
+    _share(count, len(columns), size, step)
+    return torch.from_numpy(knots.sums(*by_bin.sum(0).T))
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -179,15 +195,17 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     search = _search_arguments(grid)
     by_bin = knots.lines(as_array(weights))
     by_half = np.ascontiguousarray(grid.lines(knots, *by_bin).T.astype(knots.values.dtype))
-    tables = by_half, np.stack(by_bin, 1), knots.low
+    tables = knots.low, by_half, np.stack(by_bin, 1)
     flat, keep = columns.reshape(-1), None if mask is None else mask.reshape(-1)
     result = torch.empty(len(flat), dtype=columns.dtype)
 
     def evaluate(part: slice) -> None:
-        out = result[part].to(working)
+        x = flat[part].to(working)
+        out = result[part] if result.dtype == working else torch.empty_like(x)
         mine = None if keep is None else keep[part].numpy()
-        _evaluate(flat[part].to(out.dtype).numpy(), mine, *search, *tables, out.numpy())
-        result[part] = out
+        _evaluate(x.numpy(), mine, *search, *tables, out.numpy())
+        if result.dtype != working:
+            result[part] = out
 
-    _by_block(evaluate, len(flat), size)
+    _share(evaluate, len(flat), size, size if working != columns.dtype else len(flat))
     return result.reshape(columns.shape)

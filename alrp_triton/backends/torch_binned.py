@@ -24,9 +24,9 @@ from .knots import Floats, Indices, Knots, as_array, make_knots, working_dtype
 from .knots import among_rows as among_rows
 
 # Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 # Cells a knot, so that few columns share a cell with two knots; and at most so many cells, for the tables' sake.
-_CELLS_A_KNOT, _MOST_CELLS = 16, 1 << 15
+_CELLS_A_KNOT, _MOST_CELLS = 32, 1 << 16
 # In a cell with more knots than this, a binary search is faster than a step from knot to knot.
 _MOST_STEPS = 6
 # For fewer columns than this a grid is not worth its making.
@@ -85,6 +85,16 @@ class Grid(NamedTuple):
         bins[1::2] += self.knot.cpu().numpy() < 1
         start = (np.arange(self.cells) + self.first) / self.scale
         return bins, start.repeat(2) - knots.low[bins]
+
+    def fold(self, knots: Knots, by_half: Floats, by_bin: Floats) -> Floats:
+        """Number of columns and sum of their positions by bin ``(2, 2P + 1)``, from those of the half-cells.
+
+        ``by_bin`` has the columns of crowded cells; what ``by_half`` has there is left out.
+        """
+        bins, start = self.halves(knots)
+        count, moment = np.where(np.isnan(self.knot.cpu().numpy()).repeat(2), 0.0, by_half)
+        moment = moment / self.scale + count * start
+        return by_bin + np.stack([knots.by_bin(bins, weights) for weights in (count, moment)])
 
     def lines(self, knots: Knots, value: Floats, slope: Floats) -> Floats:
         """The lines of the bins (Knots.lines) by half-cell: value where its cell begins, and change over a cell."""
@@ -158,13 +168,10 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
             x, one = x.index_select(0, picked), one.index_select(0, picked)
         by_bin[0].scatter_add_(0, bins, one)
         by_bin[1].scatter_add_(0, bins, knots.positions(x, bins) * one)
-    count, moment = by_bin.cpu().numpy()
+    sums = by_bin.cpu().numpy()
     if grid is not None:
-        bins, start = grid.halves(knots)
-        of_half, moment_of_half = np.where(np.isnan(grid.knot.cpu().numpy()).repeat(2), 0.0, by_half.cpu().numpy())
-        count = count + np.bincount(bins, of_half, len(count))
-        moment = moment + np.bincount(bins, moment_of_half / grid.scale + of_half * start, len(count))
-    return torch.from_numpy(knots.sums(count, moment)).to(rows.device)
+        sums = grid.fold(knots, by_half.cpu().numpy(), sums)
+    return torch.from_numpy(knots.sums(*sums)).to(rows.device)
 
 
 @np.errstate(over="ignore", invalid="ignore")

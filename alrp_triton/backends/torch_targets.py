@@ -8,15 +8,19 @@ _CHUNK = 1 << 17
 _MIN_MAX = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes whose extremes tell all
 
 
-def _codes(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense targets as int8, and whether some of them are none of 1, 0 and -1 (0-d bool)."""
-    codes = targets.to(torch.int8)
+def _is_bad(targets: Tensor, codes: Tensor) -> Tensor:
+    """Whether some dense targets are none of 1, 0 and -1 (0-d bool); codes are the targets as int8."""
     lowest = -1 if targets.dtype.is_signed else 0  # -1 would wrap around to the largest value of an unsigned dtype
     low, high = (targets if targets.dtype in _MIN_MAX else codes).aminmax()
     bad = (low < lowest) | (high > 1)
-    if targets.dtype not in _MIN_MAX:
-        bad = bad | (codes.to(targets.dtype) != targets).any()
-    return codes, bad
+    return bad if targets.dtype in _MIN_MAX else bad | (codes.to(targets.dtype) != targets).any()
+
+
+def _find(mask: Tensor) -> Tensor:
+    """Indices of what is True, ascending, where little is: runs of 8 bytes that are all 0 are seen as one number."""
+    words = mask.view(torch.int64).nonzero().view(-1)
+    word, byte = mask.view(-1, 8).index_select(0, words).nonzero().unbind(1)
+    return words.index_select(0, word) * 8 + byte
 
 
 def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,13 +29,15 @@ def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
     positives: list[Tensor] = [negatives.new_empty(0, dtype=torch.int64)]
     bad = negatives.new_zeros((), dtype=torch.bool)
+    padded = negatives.new_zeros(min(chunk, targets.numel()) + 7 & ~7, dtype=torch.int8)
     for start in range(0, targets.numel(), chunk):
-        part = slice(start, start + chunk)
-        codes, wrong = _codes(targets[part])
-        bad = bad | wrong
-        positives.append((codes == 1).nonzero().view(-1) + start)
-        # 1 - |code|, byte by byte: what a comparison would give, several times faster.
-        negatives[part].view(torch.int8).copy_(codes.abs().bitwise_xor_(1).bitwise_and_(1))
+        part = targets[start : start + chunk]
+        codes = padded[: len(part)].copy_(part)
+        padded[len(part) :] = 0
+        bad = bad | _is_bad(part, codes)
+        # logical_not is what == 0 would give, several times faster.
+        torch.logical_not(codes, out=negatives[start : start + chunk])
+        positives.append(_find(padded.bitwise_xor(1).logical_not()) + start)
     return negatives, torch.cat(positives), bad
 
 

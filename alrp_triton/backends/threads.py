@@ -1,0 +1,60 @@
+"""Python calls on several threads at once: those that torch computes with, where they can be had.
+
+torch's CPU operations run on a team of OpenMP threads, which wait actively for some milliseconds after each of them. A
+second team of threads would have to compete with the first one for the cores (measured: half the speed in a training
+step). So the team itself is asked, through the entry that compiled code uses, ``GOMP_parallel``: part of the stable
+interface of GNU's OpenMP library, and of LLVM's and Intel's. Where torch has none of them (macOS, Windows), threads are
+started.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _openmp() -> Any:
+    """``GOMP_parallel(body, data, threads, flags)`` of the library that torch loaded, or None."""
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    entry.argtypes, entry.restype = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return entry
+
+
+def run(tasks: Sequence[Callable[[], object]]) -> None:
+    """Call all tasks, on as many threads as torch uses; raise what one of them raised.
+
+    A task should spend its time outside of Python, without Python's lock.
+    """
+    threads = min(torch.get_num_threads(), len(tasks))
+    waiting = list(tasks)
+    failures: list[BaseException] = []
+
+    def work(_: object = None) -> None:
+        while True:
+            try:
+                task = waiting.pop()  # atomic
+            except IndexError:
+                return
+            try:
+                task()
+            except BaseException as failure:  # must not reach the compiled code that called
+                failures.append(failure)
+
+    if threads == 1:
+        work()
+    elif (parallel := _openmp()) is not None:
+        parallel(_Body(work), None, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            pool.map(work, range(threads))
+    if failures:
+        raise failures[0]

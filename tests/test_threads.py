@@ -1,0 +1,59 @@
+"""Python calls on torch's threads: all are made, on several threads, and what one raises arrives."""
+
+import threading
+import time
+from collections.abc import Generator
+
+import pytest
+import torch
+
+from alrp_triton.backends import threads
+
+
+@pytest.fixture(params=["openmp", "threads"], autouse=True)
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    if request.param == "threads":  # as where torch has no OpenMP library
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_tasks_run_and_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    done: list[int] = []
+    threads.run([meeting.wait, meeting.wait] + [lambda i=i: done.append(i) for i in range(20)])
+    assert sorted(done) == list(range(20))
+
+
+def test_number_of_threads_is_torchs() -> None:
+    torch.set_num_threads(1)
+    seen: set[int] = set()
+    threads.run([lambda: seen.add(threading.get_ident()) for _ in range(50)])
+    assert seen == {threading.get_ident()}
+
+
+def test_what_a_task_raises_is_raised() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ZeroDivisionError("seen")
+
+    with pytest.raises(ZeroDivisionError, match="seen"):
+        threads.run([fail, lambda: done.append(1)])
+    assert done == [1]
+
+
+def test_many_callers_at_once() -> None:
+    done: list[int] = []
+
+    def caller(i: int) -> None:
+        threads.run([lambda: time.sleep(0.001), lambda: done.append(i)])
+
+    callers = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(30)
+    assert sorted(done) == list(range(8))
