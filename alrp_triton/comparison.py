@@ -144,5 +144,17 @@ class ComparisonMatrix:
         self._check_row_vector("v", v)
         return self._from_sorted(operators.among_rows(self._rows, self._to_sorted(v), self.delta, self.backend))
 
+    def below_rows(self, w: Tensor) -> Tensor:
+        """The transpose of the hard comparison among the rows: for each row k the sum of w_i over s_i <= s_k.
+
+        Args:
+            w: floats ``(P,)``, in the order of ``rows``.
+
+        Returns:
+            float64 ``(P,)``, in the order of ``rows``.
+        """
+        self._check_row_vector("w", w)
+        return self._from_sorted(operators.below_rows(self._rows, self._to_sorted(w), self.backend))
+
     def __repr__(self) -> str:
         return f"ComparisonMatrix({self.shape[0]} x {self.shape[1]}, {describe(self.columns)}, delta={self.delta})"

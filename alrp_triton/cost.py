@@ -1,4 +1,6 @@
-"""The cost model that chooses between the tiled and the binned kernels on a GPU, in one place.
+"""The cost model that chooses between pair by pair and linear, on a GPU and on a CPU, in one place.
+
+On a GPU, between the tiled and the binned kernels.
 
 Work is counted in cycles of one streaming multiprocessor, which issues 128 fp32 instructions in each:
 
@@ -18,3 +20,13 @@ def prefer_binned(rows: int, columns: int) -> bool:
     """Whether the model expects a product of this size to take less time in the binned kernels."""
     tiled = TILED_CYCLES_A_PAIR * rows * columns
     return tiled > BINNED_CYCLES_A_COLUMN * columns + BINNED_CYCLES_EXTRA
+
+
+# On a CPU with numba the tables of a product take about as long to make as so many pairs to compare, 0.2 ms (measured
+# with `python -m bench --groups small`).
+DENSE_PAIRS = 1 << 20
+
+
+def prefer_dense(rows: int, columns: int) -> bool:
+    """Whether a CPU is expected to compare so many pairs one by one in less time than the tables take."""
+    return rows * columns <= DENSE_PAIRS

@@ -100,16 +100,15 @@ class _ALRPLoss(torch.autograd.Function):
         count = max(positives.numel(), 1)
         grad_logits = grad_errors = None
         with torch.no_grad():
+            flat = logits.reshape(-1)
+            matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
             if ctx.needs_input_grad[0] and grad_classification is not None:
                 scale = grad_classification.double() / count
-                flat = logits.reshape(-1)
-                matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
                 grad_logits = matrix.rmatvec(share * scale)
                 grad_logits.index_copy_(0, positives, (-error * scale).to(logits.dtype))
                 grad_logits = grad_logits.reshape(logits.shape)
             if ctx.needs_input_grad[1] and grad_localisation is not None:
-                hard = ComparisonMatrix(scores, scores, delta=0.0, backend=backend, ascending=True)
-                shares = hard.rmatvec((grad_localisation.double() / count) / rank).to(box_errors.dtype)
+                shares = matrix.below_rows((grad_localisation.double() / count) / rank).to(box_errors.dtype)
                 grad_errors = torch.empty_like(shares).index_copy_(0, order, shares)
         if torch.is_grad_enabled():  # create_graph=True
             cause = [t for t in (logits, box_errors, *grad_outputs[:2]) if t is not None and t.requires_grad]

@@ -10,13 +10,14 @@ choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)`
   0 where the mask is False.
 * ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v,
   and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
+* ``below_rows(rows, weights, backend)``: the transpose of the last, g_k = sum of w_i over s_i <= s_k, float64 ``(P,)``.
 * ``classify(targets, num_classes, background, ignore_index, count)``: bool mask of the negatives ``(N,)``, int64 flat
   indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many
   values that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
 
-A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and, in what contains v, a
-value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own entry is NaN.
-Results are bitwise repeatable on the CPU and in the Triton kernels.
+A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and ``below_rows`` and, in
+what contains v, a value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own
+entry is NaN. Results are bitwise repeatable on the CPU and in the Triton kernels.
 """
 
 import importlib
@@ -28,13 +29,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .cost import prefer_binned
+from .cost import prefer_binned, prefer_dense
 
-Backend = Literal["auto", "torch", "numba", "triton", "triton_tiled", "triton_binned"]
+Backend = Literal[
+    "auto", "torch", "numba", "numba_dense", "numba_binned", "triton", "triton_tiled", "triton_binned"
+]  # fmt: skip
 
 _MODULES = {
     "torch": "torch_binned",
-    "numba": "numba_binned",
+    "numba_dense": "numba_dense",
+    "numba_binned": "numba_binned",
     "triton_tiled": "triton_tiled",
     "triton_binned": "triton_binned",
 }
@@ -57,11 +61,11 @@ def check_backend_name(backend: object) -> None:
 def check_backend(backend: str, device: torch.device) -> None:
     """Raise ValueError, saying why, if ``backend`` is unknown or cannot run on tensors of ``device``."""
     check_backend_name(backend)
-    if backend == "numba":
+    if backend.startswith("numba"):
         if not _HAS_NUMBA:
-            raise ValueError("backend='numba' needs the package numba, which is not installed (pip install numba)")
+            raise ValueError(f"backend={backend!r} needs the package numba, which is not installed (pip install numba)")
         if device.type != "cpu":
-            raise ValueError(f"backend='numba' needs a CPU, but the logits are on {str(device)!r}: use 'auto'")
+            raise ValueError(f"backend={backend!r} needs a CPU, but the logits are on {str(device)!r}: use 'auto'")
     if backend.startswith("triton"):
         if not _HAS_TRITON:
             raise ValueError(
@@ -75,12 +79,14 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
-    """The backend that runs a product; what ``"auto"`` and ``"triton"`` stand for is stated here."""
+    """The backend that runs a product; what ``"auto"``, ``"numba"`` and ``"triton"`` stand for is stated here."""
     if backend == "auto":
         if device_type == "cuda":  # ROCm builds of torch call their devices so, too
             backend = "triton" if _HAS_TRITON else "torch"
         else:
             backend = "numba" if device_type == "cpu" and _HAS_NUMBA else "torch"
+    if backend == "numba":
+        backend = "numba_dense" if prefer_dense(rows, columns) else "numba_binned"
     if backend == "triton":
         backend = "triton_binned" if prefer_binned(rows, columns) else "triton_tiled"
     return backend
@@ -100,11 +106,22 @@ def _rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None
     return _module(_MODULES[backend]).rmatvec(rows, weights, columns, mask, delta)
 
 
-def _among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
-    if rows.numel() == 0:
-        return rows.new_zeros(3, 0)
+def _of_rows(rows: Tensor, backend: str) -> ModuleType:
+    """The module for the rows among themselves: of the linear algorithm there is one that is fast enough for all."""
     backend = resolve(backend, rows.device.type, rows.numel(), rows.numel())
-    return _module("triton_tiled" if backend.startswith("triton") else "torch_binned").among_rows(rows, values, delta)
+    pairwise = {"numba_dense": "numba_dense", "triton_tiled": "triton_tiled", "triton_binned": "triton_tiled"}
+    return _module(pairwise.get(backend, "knots"))
+
+
+def _among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
+    return rows.new_zeros(3, 0) if rows.numel() == 0 else _of_rows(rows, backend).among_rows(rows, values, delta)
+
+
+def _below_rows(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
+    if rows.numel() == 0:
+        return torch.zeros_like(rows)
+    on_gpu = resolve(backend, rows.device.type, rows.numel(), rows.numel()).startswith("triton")
+    return _module("triton_tiled" if on_gpu else "knots").below_rows(rows, weights)
 
 
 def _classify(
@@ -129,6 +146,10 @@ def _among_rows_fake(rows: Tensor, values: Tensor, delta: float, backend: str) -
     return rows.new_empty(3, rows.numel())
 
 
+def _below_rows_fake(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(rows)
+
+
 def _classify_fake(
     targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +166,7 @@ for _signature, _kernel, _fake in (
         _rmatvec_fake,
     ),
     ("among_rows(Tensor rows, Tensor values, float delta, str backend) -> Tensor", _among_rows, _among_rows_fake),
+    ("below_rows(Tensor rows, Tensor weights, str backend) -> Tensor", _below_rows, _below_rows_fake),
     (
         "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count)"
         " -> (Tensor, Tensor, Tensor)",
@@ -159,4 +181,5 @@ for _signature, _kernel, _fake in (
 matvec = torch.ops.alrp_triton.matvec
 rmatvec = torch.ops.alrp_triton.rmatvec
 among_rows = torch.ops.alrp_triton.among_rows
+below_rows = torch.ops.alrp_triton.below_rows
 classify = torch.ops.alrp_triton.classify

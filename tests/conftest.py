@@ -23,7 +23,7 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=["torch", "numba", "triton_tiled", "triton_binned"])
+@pytest.fixture(params=["torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binned"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -162,6 +162,31 @@ def test_repeatable(backend: Backend, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("p", [1, 7, 200])
+def test_the_rows_among_themselves(backend: Backend, device: str, delta: float, p: int) -> None:
+    rows = draw(p, 1, torch.float32, device)[0]
+    rows[::3] = rows[0]
+    v = torch.rand(p, device=device)
+    soft, hard = (comparison_matrix(as_numpy(rows), as_numpy(rows), d) for d in (delta, 0.0))
+    matrix = ComparisonMatrix(rows, rows[:0], delta=delta, backend=backend)
+    count, weighed, ranked = matrix.among_rows(v)
+    # Triton's interpreter passes a Python float, delta, as float32.
+    tolerance = 1e-8 if backend.startswith("triton") and device == "cpu" else 1e-12
+    assert_near(count, soft.sum(1), tolerance)
+    assert_near(weighed, soft @ as_numpy(v), tolerance)
+    assert_near(ranked, hard @ as_numpy(v), 1e-12)
+    assert_near(matrix.below_rows(v), as_numpy(v) @ hard, 1e-12)
+    v[p // 2] = torch.nan
+    assert torch.equal(matrix.among_rows(v).isnan().all(1).cpu(), torch.tensor([False, True, True]))
+    assert matrix.below_rows(v).isnan().all()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        rows[p // 2] = bad
+        matrix = ComparisonMatrix(rows, rows[:0], delta=delta, backend=backend)
+        assert matrix.among_rows(torch.ones_like(v)).isnan().all()
+        assert matrix.below_rows(torch.ones_like(v)).isnan().all()
+
+
 def test_rows_in_any_order(backend: Backend, device: str) -> None:
     rows, columns, _ = draw(100, 400, torch.float32, device)
     shuffle = torch.randperm(100).to(device)
@@ -190,6 +215,8 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
     tests = ("test_schema", "test_faketensor")
     for weights in (None, mask, torch.rand(100, device=device)):
         torch.library.opcheck(torch.ops.alrp_triton.matvec, (rows, columns, weights, delta, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.among_rows, (rows, rows, delta, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.below_rows, (rows, rows, backend), test_utils=tests)
     for keep in (None, mask):
         torch.library.opcheck(
             torch.ops.alrp_triton.rmatvec, (rows, rows, columns, keep, delta, backend), test_utils=tests

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gen
 def test_all_tasks_run_and_at_the_same_time() -> None:
     meeting = threading.Barrier(2, timeout=30)
     done: list[int] = []
-    threads.run([meeting.wait, meeting.wait] + [lambda i=i: done.append(i) for i in range(20)])
+    others: list[Callable[[], object]] = [partial(done.append, i) for i in range(20)]
+    threads.run([meeting.wait, meeting.wait, *others])
     assert sorted(done) == list(range(20))
 
 

@@ -133,3 +133,12 @@ def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
     least = np.minimum(s.searchsorted(s), len(s) - 1)  # the first of equal rows
     hard = v[::-1].cumsum()[::-1][least] + (v * 0).sum() + knots.poison
     return torch.from_numpy(np.stack([*sums, hard])).to(rows.device)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def below_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums of the weights of the rows that are not above each; contract in :mod:`alrp_triton.operators`."""
+    s, w = as_array(rows), as_array(weights)
+    poison = (s[0] + s[-1]) * 0 + (w * 0).sum()
+    last = s.searchsorted(s, "right") - 1  # of equal rows
+    return torch.from_numpy(w.cumsum()[last] + poison).to(rows.device)

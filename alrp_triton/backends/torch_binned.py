@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .knots import Floats, Indices, Knots, as_array, make_knots, working_dtype
-from .knots import among_rows as among_rows
 
 # Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.
 _CHUNK = 1 << 17

@@ -282,3 +282,8 @@ def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
             rows, values, out, p, delta, HARD=delta == 0, num_warps=WARPS, **AMONG_TILE
         )
     return out
+
+
+def below_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums of the weights of the rows that are not above each; contract in :mod:`alrp_triton.operators`."""
+    return rmatvec(rows, weights, rows, None, 0.0)
