@@ -2,18 +2,21 @@
 
 On a GPU, between the tiled and the binned kernels.
 
-Work is counted in cycles of one streaming multiprocessor, which issues 128 fp32 instructions in each:
+Work is counted in cycles of one multiprocessor, which issues 128 instructions in each:
 
-* tiled: two instructions a pair (read from the machine code), P N / 64 cycles;
-* binned: look-ups that meet in the first-level cache, and in the forward product integer atomics, a number of cycles a
-  column that hardly depends on P; and some more launches, which cost the same whatever the size.
+* tiled: 2.8 instructions a pair, 2.0 of them fp32 (read from the machine code of sm_90);
+* binned: look-ups, and in the forward product integer atomics, a number of cycles a column that hardly depends on P;
+  and some more launches, which cost the same whatever the size.
+
+The constants are those of `python -m bench compiled` for an H100 (docs/performance.md; a test holds them to it). They
+are modelled, not measured.
 """
 
-# Of the binned kernels, per column, both products together halved; `python -m bench compiled` prints what it rests on.
-BINNED_CYCLES_A_COLUMN = 4.0
+# Mean of the two products. Most of it are the two 64-bit atomics of the forward product, at 8e10 in a second.
+BINNED_CYCLES_A_COLUMN = 3.3
 # Five launches more than tiled, 4 microseconds each, on 132 multiprocessors at 1.7 GHz (an H100).
 BINNED_CYCLES_EXTRA = 5 * 4e-6 * 132 * 1.7e9
-TILED_CYCLES_A_PAIR = 2 / 128
+TILED_CYCLES_A_PAIR = 2.8 / 128
 
 
 def prefer_binned(rows: int, columns: int) -> bool:

@@ -1,24 +1,25 @@
-"""Command line of the benchmark: check, time, store, print."""
+"""Command line of the benchmark: check, time, store, report; or compile and read what came out."""
 
 import argparse
 import json
 import re
 import sys
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from alrp_triton.functional import DELTA, EPS
+from alrp_triton.functional import EPS
 
+from .contenders import RULE
 from .gate import TOLERANCE, check
-from .report import ROOT, describe_run, markdown
-from .steps import LOOP, RULE
-from .sweep import sweep
+from .problems import sizes
+from .report import fill, markdown, pages, render
+from .run import ROOT, describe_run
+from .timing import SECONDS, sweep
 
-ANCHORS, POSITIVES = [10_000, 100_000, 1_000_000, 3_000_000], [100, 1_000]
-QUICK_ANCHORS, QUICK_POSITIVES = [10_000, 100_000], [100]
+RESULTS = ROOT / "bench" / "results"
 
 
 def _count(text: str) -> int:
@@ -30,58 +31,103 @@ def _count(text: str) -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=f"Time aLRP Loss. {RULE}")
-    parser.add_argument("--anchors", type=_count, nargs="+", metavar="N", help=f"default {ANCHORS}")
-    parser.add_argument("--positives", type=_count, nargs="+", metavar="P", help=f"default {POSITIVES}")
-    parser.add_argument("--repeats", type=_count, default=5, help="timed steps of each contender (default 5)")
+    parser.add_argument("--groups", nargs="+", metavar="GROUP", help="only these groups of sizes")
+    parser.add_argument("--max-anchors", type=_count, metavar="N", help="leave out what is larger")
+    parser.add_argument("--repeats", type=_count, default=15, help="turns of each contender at a size (default 15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random problems (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--threads", type=_count, help="of torch on the CPU; 1 is best on a machine in use by others")
+    parser.add_argument("--threads", type=_count, help="of torch on the CPU (default: torch's)")
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<device>[-quick].json)")
     parser.add_argument("--quick", action="store_true", help="few and small sizes, in seconds")
-    table = parser.add_subparsers(dest="command").add_parser("table", help="print the table of a stored run again")
-    table.add_argument("file", type=Path)
-    options = parser.parse_args()
-    options.anchors = options.anchors or (QUICK_ANCHORS if options.quick else ANCHORS)
-    options.positives = options.positives or (QUICK_POSITIVES if options.quick else POSITIVES)
-    if max(options.positives) >= min(options.anchors):
-        parser.error(f"no anchors are left for negatives: {options.anchors} anchors, {options.positives} positives")
-    return options
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("report", help="make the tables of README and docs, and the plots, from bench/results again")
+    show = commands.add_parser("show", help="print all tables of a result file")
+    show.add_argument("file", type=Path)
+    compiled = commands.add_parser("compiled", help="compile all kernels for GPUs that are not there, and read them")
+    compiled.add_argument("--out", type=Path, default=RESULTS / "compiled.json", help="JSON file (default %(default)s)")
+    return parser.parse_args()
+
+
+def _store(report: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"stored in {out}", file=sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> int:
     device = torch.device(["cpu", "cuda"][torch.cuda.is_available()] if options.device == "auto" else options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     run = describe_run(device)
-    sizes = list(product(options.anchors, options.positives))
-    checks = check(sizes, device, options.seed)
+    wanted = [
+        size
+        for size in sizes(options.quick, device.type == "cuda")
+        if size.group in (options.groups or [size.group]) and size.anchors <= (options.max_anchors or size.anchors)
+    ]
+    if not wanted:
+        known = ", ".join(dict.fromkeys(size.group for size in sizes(options.quick, False)))
+        print(f"No size is left; groups are: {known}", file=sys.stderr)
+        return 2
+    checks = check(device, options.seed)
     failed = [one for one in checks if not one.passed]
     if failed:
         print(f"Nothing was timed. Beyond the tolerance of {TOLERANCE:g}:", *failed, sep="\n  ", file=sys.stderr)
         return 1
-    settings = {name: getattr(options, name) for name in ("anchors", "positives", "repeats", "seed")}
-    report = {
+    report: dict[str, Any] = {
         "run": run,
-        "settings": settings | {"delta": DELTA, "eps": EPS, "dtype": "float32", "baseline": LOOP},
+        "settings": {
+            "repeats": options.repeats,
+            "seconds": SECONDS,
+            "seed": options.seed,
+            "eps": EPS,
+            "dtype": "float32",
+        },
         "rule": RULE,
         "gate": {"tolerance": TOLERANCE, "checks": [asdict(one) for one in checks]},
-        "rows": [asdict(row) for row in sweep(sizes, device, options.repeats, options.seed)],
+        "rows": [asdict(row) for row in sweep(wanted, device, options.repeats, options.seed)],
     }
-    name = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()) + ("-quick" if options.quick else "")
-    out: Path = options.out or ROOT / "bench" / "results" / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    if device.type == "cuda":
+        from .machine_code import TARGETS, matrix
+
+        target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        report["machine"] = matrix((target,), ("fp32",)) if target in TARGETS else []
+    name = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()) if device.type == "cuda" else "cpu"
     print(markdown(report))
-    print(f"{len(checks)} checks passed; stored in {out}", file=sys.stderr)
+    _store(report, options.out or RESULTS / f"{name}{'-quick' if options.quick else ''}.json")
+    return 0
+
+
+def _report() -> int:
+    from .plots import draw
+
+    for page in pages():
+        page.write_text(fill(page.read_text()))
+        print(page)
+    for file in sorted(RESULTS.glob("*.json")):
+        report = json.loads(file.read_text())
+        if "rows" in report:
+            print(*draw(report, ROOT / "docs" / "plots", file.stem), sep="\n")
+    return 0
+
+
+def _compiled(out: Path) -> int:
+    from .machine_code import matrix
+
+    kernels = matrix(("sm_80", "sm_90", "sm_100", "gfx942"), ("fp32",))
+    report = {"run": describe_run(torch.device("cpu")), "kernels": kernels}
+    print(render(report, "all"), render(report, "model"), sep="\n\n")
+    _store(report, out)
     return 0
 
 
 def main() -> int:
     """Run the command; the exit status is 1 if the correctness gate failed."""
     options = _parse()
-    if options.command == "table":
+    if options.command == "report":
+        return _report()
+    if options.command == "show":
         print(markdown(json.loads(options.file.read_text())))
         return 0
-    return _run(options)
+    return _compiled(options.out) if options.command == "compiled" else _run(options)
 
 
 if __name__ == "__main__":

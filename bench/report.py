@@ -1,85 +1,148 @@
-"""What is stored with a run, and its Markdown table."""
+"""Tables and plots from result files, and the blocks in README.md and docs/ that hold them.
 
-import os
-import platform
+A block begins with a line ``<!-- FILE NAME -->`` and ends with ``<!-- end -->``; what is between is made from the
+result file, relative to the repository, by :func:`render`.
+"""
+
+import json
 import re
-import subprocess
-import time
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
+from .model import beside
+from .model import render as render_compiled
+from .problems import Size, groups
+from .run import ROOT
+from .tables import number, table
+from .timing import Row, exponents
 
-from .sweep import Row
+PAGES = ("README.md", "docs/performance.md")
+_BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the repository; None where there is no git, repository or commit."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+# Columns that say how many times faster a contender is than a baseline.
+_FASTER = {LOOP: "loop", DENSE: "dense", BUCKETED: "bucketed", SEARCH: "bucketize", FOCAL: "focal"}
 
 
-def describe_run(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit and date of a run that starts now."""
-    changes = _git("status", "--porcelain", "--", ".", ":!bench/results")  # results change nothing that is measured
-    return {
-        "device": _device_name(device),
-        "device_type": device.type,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "triton": import_module("triton").__version__ if find_spec("triton") else None,
-        "python": platform.python_version(),
-        "commit": _git("rev-parse", "--verify", "HEAD"),
-        "dirty": None if changes is None else changes != "",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def rows_of(report: dict[str, Any], group: str | None = None) -> list[Row]:
+    """The rows of a report, of one group or all."""
+    return [row for row in (Row(**fields) for fields in report["rows"]) if group in (None, row.group)]
 
 
-def _number(value: float | None) -> str:
-    """Three digits, never in exponent form; nothing for None."""
-    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+def _conditions(report: dict[str, Any]) -> str:
+    run, settings = report["run"], report["settings"]
+    commit = f"commit {run['commit'][:10]}" if run["commit"] else "no commit"
+    return (
+        f"{run['device']} ({run['device_type']}; {run['cores']} cores, torch threads: {run['threads']}, load average "
+        f"{run['load_average_before']} before the run), torch {run['torch']}, triton {run['triton']}, numba "
+        f"{run['numba']}, Python {run['python']}, {commit}{' with changes' if run['dirty'] else ''}, {run['date']}. "
+        f"Forward + backward of the whole loss, {settings['dtype']}, int64 targets, seed {settings['seed']}; "
+        f"{settings['repeats']} turns each, fewer where a contender used up {settings['seconds']:g} s. {report['rule']}"
+    )
+
+
+def _size(row: Row) -> list[str]:
+    return [f"{row.anchors:,}", f"{row.positives:,}"]
+
+
+def _label(row: Row) -> str:
+    return {"delta": f"{row.delta:g}", "scores": row.scores, "worst cases": row.scores, "cases": row.case}.get(
+        row.group, ""
+    )
+
+
+def _times(report: dict[str, Any], group: str) -> str:
+    rows = rows_of(report, group)
+    labelled = any(_label(row) for row in rows)
+    compared = [name for name in _FASTER if any(name in row.ratios or name == row.contender for row in rows)]
+    head = [{"cases": "detector"}.get(group, group)] * labelled + [
+        "N",
+        "P",
+        "",
+        "p20",
+        "p50",
+        "p80",
+        "1e6 anchors/s",
+        "MiB",
+    ]
+    head += [f"x {_FASTER[name]}" for name in compared] + ["/ copy"]
+    lines: list[list[str]] = []
+    for row in rows:
+        slower = row.ratios.get(FLOOR)
+        line = [_label(row)] * labelled + _size(row) + [row.contender]
+        line += map(number, (row.p20_ms, row.p50_ms, row.p80_ms, row.anchors_per_s / 1e6, row.peak_extra_mib))
+        line += [number(row.ratios.get(name)) for name in compared] + [number(1 / slower) if slower else ""]
+        lines.append(line)
+    return table(head, lines, left=1)
+
+
+def _headline(report: dict[str, Any]) -> str:
+    rows = rows_of(report, "headline")
+    against = LOOP, BUCKETED, FOCAL
+    head = [f"N = {rows[0].anchors:,}, P = {rows[0].positives:,}", "ms (p20 to p80)", "1e6 anchors/s", "extra MiB"]
+    lines = [
+        [
+            row.contender,
+            f"{number(row.p50_ms)} ({number(row.p20_ms)} to {number(row.p80_ms)})",
+            *map(number, (row.anchors_per_s / 1e6, row.peak_extra_mib)),
+            *(f"{number(row.ratios[name])} x" if name in row.ratios else "" for name in against),
+            f"{number(1 / row.ratios[FLOOR])}" if FLOOR in row.ratios else "1",
+        ]
+        for row in rows
+    ]
+    return table([*head, *(f"faster than {name}" for name in against), f"times {FLOOR}"], lines)
+
+
+def _growth(report: dict[str, Any]) -> str:
+    rows = rows_of(report)
+    in_n = exponents(rows, "anchors", "anchors", 100_000)
+    in_p = exponents(rows, "positives", "positives", 1)
+    lines = [[name, *(f"{of[name]:.2f}" if name in of else "" for of in (in_n, in_p))] for name in in_n | in_p]
+    return table(["exponent of growth", "in N, from 1e5", "in P, all"], lines)
+
+
+def _gate(report: dict[str, Any]) -> str:
+    checks = report["gate"]["checks"]
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(check["contender"] for check in checks):
+        for delta in dict.fromkeys(check["delta"] for check in checks):
+            mine = [c for c in checks if (c["contender"], c["delta"], c["against"]) == (name, delta, "oracle")]
+            worst = [f"{max(check[key] for check in mine):.1e}" for key in ("difference", "imbalance")]
+            lines.append([name, f"{delta:g}", *worst])
+    return table(["against the float64 oracle", "delta", "largest difference", "imbalance"], lines)
+
+
+def render(report: dict[str, Any], name: str) -> str:
+    """The Markdown of a block."""
+    if "kernels" in report:
+        return render_compiled(report, name)
+    special = {"run": _conditions, "headline": _headline, "growth": _growth, "gate": _gate}
+    return special[name](report) if name in special else _times(report, name)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a run, with what a reader needs to judge it."""
-    run, settings = report["run"], report["settings"]
-    commit = f"commit {run['commit'][:10]}" if run["commit"] else "no commit"
-    conditions = (
-        f"{run['device']} ({run['device_type']}; {run['cores']} cores, torch threads: {run['threads']}, load average "
-        f"{run['load_average_before']} before the run), torch {run['torch']}, triton {run['triton']}, Python "
-        f"{run['python']}, {commit}{' with changes' if run['dirty'] else ''}, {run['date']}."
-    )
-    task = (
-        f"Forward + backward of the whole loss, {settings['dtype']}, delta = {settings['delta']:g}, "
-        f"{settings['repeats']} repeats. Speed-up: against the {settings['baseline']}. {report['rule']}"
-    )
-    lines = [
-        conditions,
-        "",
-        task,
-        "",
-        "| N | P | | p20 ms | p50 ms | p80 ms | 1e6 anchors/s | speed-up | peak extra MiB |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in (Row(**fields) for fields in report["rows"]):
-        figures = row.p20_ms, row.p50_ms, row.p80_ms, row.anchors_per_s / 1e6, row.speedup, row.peak_extra_mib
-        cells = f"{row.anchors:,}", f"{row.positives:,}", row.contender, *map(_number, figures)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """All tables of a run."""
+    names = groups([Size(row.group, 0, 0) for row in rows_of(report)])
+    parts = [_conditions(report), _gate(report), *(f"## {name}\n\n{_times(report, name)}" for name in names)]
+    return "\n\n".join(part for part in (*parts, _growth(report), beside(report)) if part)
+
+
+def fill(text: str) -> str:
+    """A page with all of its blocks made again."""
+
+    def block(found: re.Match[str]) -> str:
+        report = json.loads((ROOT / found[2]).read_text())
+        return f"{found[1]}{render(report, found[3])}\n{found[5]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def pages() -> Iterator[Path]:
+    """The pages that hold blocks."""
+    yield from (ROOT / page for page in PAGES)
+
+
+def own(row: Row) -> bool:
+    """Whether the row's contender is one of the package's backends."""
+    return row.contender not in BASELINES

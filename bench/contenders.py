@@ -1,0 +1,98 @@
+"""Who is timed: the package's backends, other ways to compute the same loss, another loss, and the floor."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from alrp_triton import alrp_loss
+from alrp_triton.backends import torch_binned
+from alrp_triton.functional import EPS
+from alrp_triton.operators import Backend
+
+from . import baselines
+from .problems import Problem, Size
+
+LOOP, DENSE, BUCKETED, SEARCH = "published loop", "dense matrix", "bucketed", "plain bucketize"
+FOCAL, FLOOR = "sigmoid focal loss", "copy of the same bytes"
+BASELINES = (LOOP, DENSE, BUCKETED, SEARCH, FOCAL, FLOOR)
+LOOP_PAIRS, DENSE_PAIRS = 3_000_000_000, 200_000_000
+RULE = (
+    f"Nothing is extrapolated: the {LOOP} is left out where P x N exceeds {LOOP_PAIRS:.0e}, the {DENSE} where it "
+    f"exceeds {DENSE_PAIRS:.0e}."
+)
+
+
+class Step(NamedTuple):
+    """Result of a loss and its backward pass."""
+
+    classification: Tensor
+    localisation: Tensor
+    grad_logits: Tensor
+    grad_box_errors: Tensor
+
+
+# One training step of a loss, or what stands beside it; None if that is no aLRP Loss.
+Contender = Callable[[], Step | None]
+
+
+def _take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Step:
+    """Forward, then backward of the sum of both parts."""
+    classification, localisation = loss(*problem[:3], delta=problem.delta, eps=EPS)[:2]
+    gradients = torch.autograd.grad(classification + localisation, (problem.logits, problem.box_errors))
+    return Step(classification.detach(), localisation.detach(), *gradients)
+
+
+def _plain_search(problem: Problem) -> Step:
+    """The torch backend without its grid of cells: a binary search for every logit."""
+    with patch.object(torch_binned, "make_grid", return_value=None):
+        return _take_step(partial(alrp_loss, backend="torch"), problem)
+
+
+def _focal(problem: Problem) -> Contender:
+    wanted = (problem.targets == 1).float()  # in the dtype that it takes
+
+    def step() -> None:
+        loss = sigmoid_focal_loss(problem.logits, wanted, reduction="sum") / problem.box_errors.numel()
+        torch.autograd.grad(loss, problem.logits)
+
+    return step
+
+
+def _copy(problem: Problem) -> Contender:
+    """Reading N logits twice and writing N gradients moves 12 N bytes; so does a copy of 3/2 N."""
+    count = problem.logits.numel() * 3 // 2
+    source, target = torch.ones(count, device=problem.logits.device), problem.logits.new_zeros(count)
+
+    def step() -> None:
+        target.copy_(source)
+
+    return step
+
+
+def backends(device: torch.device) -> list[Backend]:
+    """The package's backends that run on a device and are named in the results."""
+    if device.type == "cuda":
+        return ["torch", *(["triton_tiled", "triton_binned"] if find_spec("triton") else [])]
+    return ["torch", *(["numba"] if find_spec("numba") else [])]
+
+
+def contenders(size: Size, problem: Problem) -> dict[str, Contender]:
+    """All contenders at a size, by name. Those that ``RULE`` leaves out are not there."""
+    found: dict[str, Contender] = {
+        name: partial(_take_step, partial(alrp_loss, backend=name), problem) for name in backends(problem.logits.device)
+    }
+    pairs = size.anchors * size.positives
+    if size.group == "worst cases":
+        found[SEARCH] = partial(_plain_search, problem)
+    else:
+        ways = {LOOP: pairs <= LOOP_PAIRS, DENSE: pairs <= DENSE_PAIRS, BUCKETED: True}
+        for (name, feasible), how in zip(ways.items(), ("loop", "dense", "bucketed"), strict=True):
+            if feasible:
+                found[name] = partial(_take_step, partial(baselines.alrp_loss, how=how), problem)
+    return found | {FOCAL: _focal(problem), FLOOR: _copy(problem)}

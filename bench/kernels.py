@@ -1,0 +1,121 @@
+"""The package's kernels as it launches them, compiled for GPUs that are not there.
+
+It cannot be done where Triton's interpreter is on.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from alrp_triton.backends import triton_binned, triton_targets, triton_tiled
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+COLUMN_DTYPES = ("fp32", "fp64", "bf16", "fp16")
+
+# Triton types of all arguments; {C} is the dtype of the columns, {W} that of the arithmetic.
+_TYPES = {
+    "P": "i32", "M": "i32", "N": "i64", "span": "i64", "copies": "i32", "count": "i32", "anchors": "i64",
+    "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
+    "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "mask_ptr": "*u8",
+    "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
+    "knots_ptr": "*{W}", "lines_ptr": "*{W}", "lut_ptr": "*i32", "most_ptr": "*i32", "rise_ptr": "*i32",
+    "done_ptr": "*i32",
+    "table_ptr": "*i64", "targets_ptr": "*i64", "negatives_ptr": "*i8", "positives_ptr": "*i64", "status_ptr": "*i64",
+}  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    """A kernel as the package launches it."""
+
+    function: Any
+    constants: dict[str, Any]
+    types: dict[str, str]  # of the arguments whose type is not that in _TYPES
+    warps: int
+    unit: str = ""  # what it does most of: pair, column, target
+    units: int = 0  # so many a program
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a tile."""
+        return self.constants.get("CHUNK", self.constants["ROWS"]) * self.constants["COLUMNS"]
+
+
+def kernels(target: str, columns: str) -> dict[str, Kernel]:
+    """All kernels that depend on the dtype of the columns, by name; with fp32 those that do not, too."""
+    working = torch.float64 if columns == "fp64" else torch.float32
+    forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
+    transpose = triton_tiled.TRANSPOSE_TILE[working]
+    block, tile = {"BLOCK": triton_binned.BLOCK}, triton_binned.TILE
+    mask, shares = {"weights_ptr": "*u8"}, {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
+    per_column = "column", triton_binned.BLOCK
+    found: dict[str, Kernel] = {}
+    for step, hard in (("", False), (" hard", True)):
+        flag = {"HARD": hard}
+        found |= {
+            f"tiled matvec{step}": Kernel(
+                triton_tiled.matvec_kernel, forward[working] | flag, mask, triton_tiled.WARPS, "pair"
+            ),
+            f"tiled rmatvec{step}": Kernel(
+                triton_tiled.rmatvec_kernel, transpose | flag, shares, triton_tiled.WARPS, "pair"
+            ),
+            f"tiled prepare{step}": Kernel(
+                triton_tiled.prepare_kernel,
+                flag | {"ROWS": transpose["ROWS"], "BLOCK": triton_tiled.PREPARE_BLOCK},
+                {},
+                triton_tiled.WARPS,
+            ),
+            f"binned count{step}": Kernel(
+                triton_binned.count_kernel, block | flag, mask, triton_binned.WARPS, *per_column
+            ),
+            f"binned evaluate{step}": Kernel(
+                triton_binned.evaluate_kernel, block | flag, {}, triton_binned.WARPS, *per_column
+            ),
+            f"binned rows{step}": Kernel(
+                triton_binned.rows_kernel, tile | flag, {"out_ptr": "*fp64"}, triton_binned.WARPS
+            ),
+            f"binned lines{step}": Kernel(triton_binned.lines_kernel, tile | flag, {}, triton_binned.WARPS),
+        }
+    if columns in ("bf16", "fp16"):  # what does not touch the columns is that of fp32
+        reads_columns = ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")
+        return {name: kernel for name, kernel in found.items() if name.removesuffix(" hard") in reads_columns}
+    found["binned knots"] = Kernel(triton_binned.knots_kernel, {"BLOCK": 128}, {}, triton_binned.WARPS)
+    found["binned table"] = Kernel(triton_binned.lut_kernel, {"BLOCK": 256}, {}, triton_binned.WARPS)
+    if columns == "fp32":
+        among, out = triton_tiled.AMONG_TILE, {"out_ptr": "*fp64"}
+        dense = {"SIGNED": True, "BLOCK": triton_targets.BLOCK}
+        found |= {
+            "among rows": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": False}, out, triton_tiled.WARPS),
+            "among rows hard": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": True}, out, triton_tiled.WARPS),
+            "targets dense": Kernel(
+                triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK
+            ),
+            "targets classes": Kernel(
+                triton_targets.classes_kernel, triton_targets.CLASS_TILE, {}, triton_targets.WARPS
+            ),
+        }
+    return found
+
+
+@cache
+def compile_kernel(name: str, target: str, columns: str = "fp32") -> Any:
+    """Compile a kernel of :func:`kernels` for a target."""
+    kernel = kernels(target, columns)[name]
+    working = "fp64" if columns == "fp64" else "fp32"
+    signature = {
+        argument: "constexpr" if argument in kernel.constants
+        else (_TYPES | kernel.types)[argument].format(C=columns, W=working)
+        for argument in kernel.function.arg_names
+    }  # fmt: skip
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps})

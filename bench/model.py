@@ -1,0 +1,135 @@
+"""What a GPU would say, without one: times modelled from the machine code and the data sheets, not measured.
+
+A kernel takes as long as its busiest pipe: instructions of a class over what the GPU issues of that class in a second,
+or bytes over what its memory copies in a second. Launches, caches, latencies and clocks that vary are left out.
+"""
+
+from typing import Any, NamedTuple
+
+from alrp_triton.cost import prefer_binned
+
+from .machine_code import CLASSES
+from .problems import CASES
+from .tables import number, table
+
+NOTE = "Modelled from the machine code, not measured: no GPU has run this."
+
+
+class GPU(NamedTuple):
+    """Instructions of a class, threads together, in a cycle of a multiprocessor; and what is beside them."""
+
+    name: str
+    target: str
+    multiprocessors: int
+    hertz: float
+    bytes_per_s: float  # of a copy
+    atomics_per_s: float  # 64-bit, to different addresses; assumed: one in two cycles for each slice of the L2 cache
+    fp32: int
+    fp64: int
+    integer: int = 64
+    memory: int = 32  # loads, stores and atomics
+    convert: int = 16
+    issue: int = 128
+
+
+GPUS = (
+    GPU("A100", "sm_80", 108, 1.41e9, 1.35e12, 5.6e10, fp32=64, fp64=32),
+    GPU("H100", "sm_90", 132, 1.7e9, 3.0e12, 8.0e10, fp32=128, fp64=64),
+)
+_MORE = {"RetinaNet, many positives": (CASES["RetinaNet"][0], 4000)}
+
+
+def seconds(gpu: GPU, by_unit: dict[str, float], units: float, moved: float, atomics: float = 0.0) -> float:
+    """Time of a kernel that spends ``by_unit`` instructions on each unit, moves so many bytes, and adds so often."""
+    of = {name: by_unit.get(name, 0.0) for name in CLASSES}
+    cycles = max(
+        of["fp32"] / gpu.fp32,
+        of["integer"] / gpu.integer,
+        of["fp64"] / gpu.fp64,
+        of["convert"] / gpu.convert,
+        (of["load"] + of["store"] + of["atomic"]) / gpu.memory,
+        sum(by_unit.values()) / gpu.issue,
+    )
+    return max(cycles * units / (gpu.multiprocessors * gpu.hertz), moved / gpu.bytes_per_s, atomics / gpu.atomics_per_s)
+
+
+class Modelled(NamedTuple):
+    """Seconds of the two products at a size; of the binned forward with all columns in bins of their own, or in one."""
+
+    floor: float  # logits read twice, gradient written
+    tiled: tuple[float, float]
+    spread: float
+    one_bin: float
+    transpose: float
+    transpose_floor: float  # logits and mask read, gradient written
+
+
+def model(gpu: GPU, kernels: list[dict[str, Any]], anchors: int, positives: int) -> Modelled:
+    """The model of all kernels whose time grows with N, for float32 logits, delta > 0, and a mask."""
+    unit = {r["kernel"]: r["by_unit"] for r in kernels if r["target"] == gpu.target and "by_unit" in r}
+    pairs, read, write = anchors * positives, 5.0 * anchors, 9.0 * anchors
+    without = unit["binned count"] | {"atomic": 0.0}
+    return Modelled(
+        12.0 * anchors / gpu.bytes_per_s,
+        (
+            seconds(gpu, unit["tiled matvec"], pairs, read),
+            seconds(gpu, unit["tiled rmatvec"], pairs, write),
+        ),
+        seconds(gpu, unit["binned count"], anchors, read, 2.0 * anchors),
+        seconds(gpu, without, anchors, read),
+        seconds(gpu, unit["binned evaluate"], anchors, write),
+        write / gpu.bytes_per_s,
+    )
+
+
+def _milliseconds(value: float) -> str:
+    return number(1e3 * value)
+
+
+def _model_table(kernels: list[dict[str, Any]]) -> str:
+    head = [
+        "model", "GPU", "N", "P", "floor ms", "tiled forward", "tiled transpose", "binned forward, spread",
+        "binned forward, one bin", "binned transpose", "/ its floor", "dispatch",
+    ]  # fmt: skip
+    lines: list[list[str]] = []
+    for case, (anchors, positives) in (CASES | _MORE).items():
+        for gpu in GPUS:
+            m = model(gpu, kernels, anchors, positives)
+            times = (m.floor, *m.tiled, m.spread, m.one_bin, m.transpose)
+            relative, chosen = m.transpose / m.transpose_floor, ("tiled", "binned")[prefer_binned(positives, anchors)]
+            size = f"{anchors:,}", f"{positives:,}"
+            lines.append([case, gpu.name, *size, *map(_milliseconds, times), f"{relative:.1f}", chosen])
+    return f"{NOTE}\n\n{table(head, lines, left=2)}"
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> str:
+    head = ["kernel", "target", "registers", "spills", "shared", "unit", *CLASSES, "other"]
+    lines = [
+        [r["kernel"], r["target"], *(str(r[key]) for key in ("registers", "spills", "shared")), r.get("unit", "")]
+        + [f"{r['by_unit'].get(name, 0):.2f}" if "by_unit" in r else "" for name in (*CLASSES, "other")]
+        for r in kernels
+    ]
+    return table(head, lines, left=2)
+
+
+def beside(report: dict[str, Any]) -> str:
+    """The model beside what was measured, for a run on a GPU that the model knows; else nothing."""
+    gpu = next((gpu for gpu in GPUS if gpu.name in report["run"]["device"]), None)
+    if gpu is None or "machine" not in report:
+        return ""
+    lines: list[list[str]] = []
+    for row in report["rows"]:
+        if row["contender"] in ("triton_tiled", "triton_binned") and row["group"] in ("headline", "cases"):
+            m = model(gpu, report["machine"], row["anchors"], row["positives"])
+            modelled = sum(m.tiled) if row["contender"] == "triton_tiled" else m.spread + m.transpose
+            size = [f"{row['anchors']:,}", f"{row['positives']:,}"]
+            lines.append([row["case"], row["contender"], *size, number(row["p50_ms"]), _milliseconds(modelled)])
+    return table(["detector", "backend", "N", "P", "measured ms", "modelled ms, both products"], lines, left=2)
+
+
+def render(report: dict[str, Any], name: str) -> str:
+    """A table of a report of compiled kernels: ``kernels``, those that read columns or targets; ``all``; ``model``."""
+    kernels = report["kernels"]
+    if name == "model":
+        return _model_table(kernels)
+    return _kernel_table(kernels if name == "all" else [record for record in kernels if "unit" in record])
