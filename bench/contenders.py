@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from alrp_triton import alrp_loss
 from alrp_triton.backends import torch_binned
@@ -55,6 +54,8 @@ def _plain_search(problem: Problem) -> Step:
 
 
 def _focal(problem: Problem) -> Contender:
+    from torchvision.ops import sigmoid_focal_loss  # not everywhere where the gate is run
+
     wanted = (problem.targets == 1).float()  # in the dtype that it takes
 
     def step() -> None:
@@ -95,4 +96,6 @@ def contenders(size: Size, problem: Problem) -> dict[str, Contender]:
         for (name, feasible), how in zip(ways.items(), ("loop", "dense", "bucketed"), strict=True):
             if feasible:
                 found[name] = partial(_take_step, partial(baselines.alrp_loss, how=how), problem)
-    return found | {FOCAL: _focal(problem), FLOOR: _copy(problem)}
+    if find_spec("torchvision"):
+        found[FOCAL] = _focal(problem)
+    return found | {FLOOR: _copy(problem)}

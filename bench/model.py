@@ -115,7 +115,7 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> str:
 def beside(report: dict[str, Any]) -> str:
     """The model beside what was measured, for a run on a GPU that the model knows; else nothing."""
     gpu = next((gpu for gpu in GPUS if gpu.name in report["run"]["device"]), None)
-    if gpu is None or "machine" not in report:
+    if gpu is None:
         return ""
     lines: list[list[str]] = []
     for row in report["rows"]:

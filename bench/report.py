@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
-from .model import beside
-from .model import render as render_compiled
 from .problems import Size, groups
 from .run import ROOT
 from .tables import number, table
@@ -116,7 +114,9 @@ def _gate(report: dict[str, Any]) -> str:
 def render(report: dict[str, Any], name: str) -> str:
     """The Markdown of a block."""
     if "kernels" in report:
-        return render_compiled(report, name)
+        from . import model  # needs triton
+
+        return model.render(report, name)
     special = {"run": _conditions, "headline": _headline, "growth": _growth, "gate": _gate}
     return special[name](report) if name in special else _times(report, name)
 
@@ -125,7 +125,12 @@ def markdown(report: dict[str, Any]) -> str:
     """All tables of a run."""
     names = groups([Size(row.group, 0, 0) for row in rows_of(report)])
     parts = [_conditions(report), _gate(report), *(f"## {name}\n\n{_times(report, name)}" for name in names)]
-    return "\n\n".join(part for part in (*parts, _growth(report), beside(report)) if part)
+    parts.append(_growth(report))
+    if "machine" in report:
+        from . import model  # needs triton
+
+        parts.append(model.beside(report))
+    return "\n\n".join(parts)
 
 
 def fill(text: str) -> str:

@@ -42,7 +42,7 @@ WARPS = 4
 # The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
 # 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
 _SPLITS = 4096
-_TIGHT: tl.constexpr = tl.constexpr(4.0)
+_TIGHT: tl.constexpr = tl.constexpr(2.0)
 
 # How a tile evaluates the step.
 _ANCHORED: tl.constexpr = tl.constexpr(0)  # delta > 0, rows of the block close together: row holds the offset

@@ -1,0 +1,31 @@
+"""Against the float64 oracle, the gradient is at least as accurate as that of the published formula in float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from alrp_triton import alrp_loss
+from alrp_triton.operators import Backend
+from bench.baselines import alrp_loss as published
+from reference import dense
+from tests.cases import FINITE
+from tests.compare import as_numpy
+
+CASES = [name for name, case in FINITE.items() if case.num_positives and (case.targets == 0).any()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_is_as_accurate_as_the_published_one(name: str, backend: Backend, device: str) -> None:
+    case = FINITE[name]
+    x, targets, errors = (torch.tensor(array, device=device) for array in case[:3])
+    x.requires_grad_()
+    delta, eps = case.delta, case.eps
+    losses = (
+        alrp_loss(x, targets, errors, delta=delta, eps=eps, backend=backend)[0],
+        published(x, targets, errors, delta=delta, eps=eps, how="loop")[0],
+    )
+    ours, theirs = (as_numpy(torch.autograd.grad(loss, x)[0]) for loss in losses)
+    exact = dense.alrp_loss(*case[:3], delta=delta, eps=eps).grad_logits
+    largest = np.abs(exact).max()
+    error, published_error = (np.abs(gradient - exact).max() for gradient in (ours, theirs))
+    assert error <= max(published_error, 2**-24 * largest), f"{error / largest:.2e}, {published_error / largest:.2e}"
