@@ -1,11 +1,12 @@
 # Every target sets up what it needs, in a virtual environment of its own: .venv, or .venv-cpu for torch's CPU build.
 PYTHON ?= python3
 RUN := .venv/bin/python
-# Threads that wait by spinning make a step several times slower where another process wants the same core.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
+# wants the cores for itself, and threads as torch has them.
+demo test test-cpu: export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-cpu lint bench figure1 install-check clean
+.PHONY: help demo test test-cpu lint bench compiled tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -19,13 +20,19 @@ test: .venv/.test .venv/.demo  ## Run the test suite with coverage (Triton's int
 test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
 	.venv-cpu/bin/python -m pytest $(PYTEST)
 
-lint: .venv/.test .venv/.demo .venv/.lint  ## Check style and types
+lint: .venv/.test .venv/.demo .venv/.bench .venv/.lint  ## Check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-bench: .venv/.bench  ## Sweep anchor counts; writes bench/results/DEVICE.json and prints the table
+bench: .venv/.bench  ## Check, then time the loss beside its baselines; writes bench/results/cpu.json, or that of a GPU
 	$(RUN) -m bench $(BENCH)
+
+compiled: .venv/.bench  ## Compile all kernels for GPUs that are not there, and read registers, spills, instructions
+	$(RUN) -m bench compiled
+
+tables: .venv/.bench  ## Make the tables of README.md and docs/, and the plots, from bench/results/ again
+	$(RUN) -m bench report
 
 figure1: .venv/.demo  ## Reproduce Figure 1 of the paper
 	$(RUN) -m examples.figure1

@@ -48,6 +48,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average_before": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
