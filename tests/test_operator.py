@@ -141,6 +141,16 @@ def test_default_dtype_does_not_matter(backend: Backend, device: str) -> None:
     assert all(torch.equal(product, products[0]) for product in products)
 
 
+def test_float64_near_its_end(backend: Backend, device: str) -> None:
+    rows = torch.tensor([0.0, 1.75e308], dtype=torch.float64, device=device)
+    columns = torch.tensor([1.75e308, -1.0, 2.0], dtype=torch.float64, device=device)
+    for delta in (1e-12, 1e-3, 1.0):
+        h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+        matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+        assert_near(matrix.matvec(), h.sum(1), 1e-12)
+        assert_near(matrix.rmatvec(torch.ones(2, device=device)), h.sum(0), 1e-12)
+
+
 def test_delta_of_a_few_ulps(backend: Backend, device: str) -> None:
     rows = torch.tensor([1e16, 1e10], dtype=torch.float64, device=device)
     columns = torch.tensor([1e16 + 2, 1e10 + 4e-6, 1e10], dtype=torch.float64, device=device)

@@ -17,7 +17,9 @@ def _is_bad(targets: Tensor, codes: Tensor) -> Tensor:
 
 
 def _find(mask: Tensor) -> Tensor:
-    """Indices of what is True, ascending, where little is: runs of 8 bytes that are all 0 are seen as one number."""
+    """Indices of what is True, ascending, fast where little is: runs of 8 that are all False are seen as one number."""
+    if mask.numel() % 8:
+        return mask.nonzero().view(-1)
     words = mask.view(torch.int64).nonzero().view(-1)
     word, byte = mask.view(-1, 8).index_select(0, words).nonzero().unbind(1)
     return words.index_select(0, word) * 8 + byte
@@ -29,15 +31,13 @@ def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
     positives: list[Tensor] = [negatives.new_empty(0, dtype=torch.int64)]
     bad = negatives.new_zeros((), dtype=torch.bool)
-    padded = negatives.new_zeros(min(chunk, targets.numel()) + 7 & ~7, dtype=torch.int8)
     for start in range(0, targets.numel(), chunk):
-        part = targets[start : start + chunk]
-        codes = padded[: len(part)].copy_(part)
-        padded[len(part) :] = 0
-        bad = bad | _is_bad(part, codes)
+        part = slice(start, start + chunk)
+        codes = targets[part].to(torch.int8)
+        bad = bad | _is_bad(targets[part], codes)
         # logical_not is what == 0 would give, several times faster.
-        torch.logical_not(codes, out=negatives[start : start + chunk])
-        positives.append(_find(padded.bitwise_xor(1).logical_not()) + start)
+        positives.append(_find(codes.bitwise_xor(1).logical_not()) + start)
+        torch.logical_not(codes, out=negatives[part])
     return negatives, torch.cat(positives), bad
 
 

@@ -232,9 +232,9 @@ def _at_low(t, row, knots_ptr, P, delta, dtype: tl.constexpr, HARD: tl.constexpr
         h = (knot - row) * 0.0 + 1.0
         slope = h * 0.0
     else:
-        slope = tl.where(_is_jump(row, delta, dtype), 0.0, 1.0).to(tl.float64)
-        h = (knot - row) * (0.5 / delta) * slope + 0.5
-        slope = slope + h * 0.0
+        jump = _is_jump(row, delta, dtype)
+        h = tl.where(jump, 0.0, knot - row) * (0.5 / delta) + 0.5  # what a jump would make of it may overflow
+        slope = tl.where(jump, 0.0, 1.0).to(tl.float64)
     return h, slope
 
 
