@@ -108,7 +108,7 @@ def _rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None
 
 def _of_rows(rows: Tensor, backend: str) -> ModuleType:
     """The module for the rows among themselves: of the linear algorithm there is one that is fast enough for all."""
-    backend = resolve(backend, rows.device.type, rows.numel(), rows.numel())
+    backend = resolve(backend, rows.device.type, rows.numel(), 3 * rows.numel())  # there are three sums
     pairwise = {"numba_dense": "numba_dense", "triton_tiled": "triton_tiled", "triton_binned": "triton_tiled"}
     return _module(pairwise.get(backend, "knots"))
 

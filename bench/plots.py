@@ -24,14 +24,14 @@ def _lines(axes: Any, rows: list[Row], by: str) -> None:
         mine = [row for row in rows if row.contender == name]
         x = [getattr(row, by) for row in mine]
         style: dict[str, Any] = {"color": _COLOURS[name], "lw": 2.2 if own(mine[0]) else 1.2}
-        axes.plot(x, [row.p50_ms for row in mine], "o-", ms=3, label=name, ls="-" if own(mine[0]) else "--", **style)
+        axes.plot(x, [row.p50_ms for row in mine], "-o" if own(mine[0]) else "--o", ms=3, label=name, **style)
         axes.fill_between(x, [r.p20_ms for r in mine], [r.p80_ms for r in mine], color=_COLOURS[name], alpha=0.15)
     axes.set(xscale="log", yscale="log", ylabel="ms, forward + backward")
     axes.grid(alpha=0.3, which="both", lw=0.4)
 
 
 def _bars(axes: Any, rows: list[Row], label: str) -> None:
-    names = list(dict.fromkeys(row.contender for row in rows))
+    names = [name for name in _COLOURS if any(row.contender == name for row in rows)]
     labels = list(dict.fromkeys(getattr(row, label) for row in rows))
     for index, name in enumerate(names):
         mine = {getattr(row, label): row.p50_ms for row in rows if row.contender == name}
@@ -58,10 +58,10 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
         rows = rows_of(report, group)
         if not rows:
             continue
-        figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110, layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 4.5), dpi=110, layout="constrained")
         (_lines if by in ("anchors", "positives") else _bars)(axes, rows, by)
         axes.set(title=title, xlabel=xlabel)
-        axes.legend(fontsize=8, ncols=2)
+        figure.legend(fontsize=8, loc="outside right upper")
         written.append(folder / f"{name}-{group}.png")
         figure.savefig(written[-1])
         plt.close(figure)

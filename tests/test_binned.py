@@ -52,7 +52,7 @@ NAMES = [
 @pytest.fixture(params=[torch_binned, numba_binned])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     # More than one block and chunk, the last of them short.
-    monkeypatch.setattr(numba_binned, "_BLOCK", 4200)
+    monkeypatch.setattr(numba_binned, "_SHORT", 4200)
     monkeypatch.setattr(torch_binned, "_CHUNK", 4000)
     return request.param
 

@@ -24,8 +24,10 @@ from . import threads, torch_binned
 from .knots import as_array, make_knots, working_dtype
 from .torch_binned import Grid, make_grid
 
-# A block is long against the start of a thread and the clearing of a table; each has a table of O(P).
-_BLOCK, _MOST_BLOCKS = 1 << 18, 32
+# A block is long against the start of a thread, and where there are some, long against the moving of its sums; each has
+# a table of O(P).
+_SHORT, _SOME_BLOCKS = 1 << 16, 8
+_LONG, _MOST_BLOCKS = 1 << 18, 32
 _STRIP = 1024  # columns that take a step together: their numbers fit the first-level cache
 
 _compile = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -107,6 +109,17 @@ def _fold(by_half, scale, first, knot, base, low, sums):
 
 
 @_compile
+def _spread(by_bin, scale, first, knot, base, low, by_half):
+    """Lines of the bins (value, slope) to by_half, the lines of half-cells, as Grid.lines does."""
+    for cell in range(len(knot)):
+        begin = (np.float64(first) + cell) / scale
+        for side in range(2):
+            bin = base[cell] + (side & (knot[cell] < 1))
+            by_half[2 * cell + side, 0] = by_bin[bin, 0] + by_bin[bin, 1] * (begin - low[bin])
+            by_half[2 * cell + side, 1] = by_bin[bin, 1] / scale
+
+
+@_compile
 def _evaluate(columns, mask, scale, first, knot, base, ladder, low, by_half, by_bin, out):
     """Out = value + slope * position, from by_half (value, slope), or from by_bin in crowded cells; 0 where masked."""
     cell, picked, position = np.empty(_STRIP, np.uint32), np.empty(_STRIP, np.uint32), np.empty(_STRIP, columns.dtype)
@@ -136,8 +149,8 @@ def _evaluate(columns, mask, scale, first, knot, base, ladder, low, by_half, by_
 
 
 def _block_size(columns: int) -> int:
-    blocks = min(math.ceil(columns / _BLOCK), _MOST_BLOCKS)
-    return math.ceil(columns / blocks)
+    short, long = (math.ceil(columns / size) for size in (_SHORT, _LONG))
+    return math.ceil(columns / min(max(min(short, _SOME_BLOCKS), long), _MOST_BLOCKS))
 
 
 def _share(task: Callable[[slice], None], columns: int, size: int, step: int) -> None:
@@ -193,9 +206,11 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     if grid is None:
         return torch_binned.rmatvec(rows, weights, columns, mask, delta)
     search = _search_arguments(grid)
-    by_bin = knots.lines(as_array(weights))
-    by_half = np.ascontiguousarray(grid.lines(knots, *by_bin).T.astype(knots.values.dtype))
-    tables = knots.low, by_half, np.stack(by_bin, 1)
+    by_bin = np.stack(knots.lines(as_array(weights)), 1)
+    by_half = np.empty((2 * grid.cells, 2), knots.values.dtype)
+    scale, first, knot, base, _ = search
+    _spread(by_bin, scale, first, knot, base, knots.low, by_half)
+    tables = knots.low, by_half, by_bin
     flat, keep = columns.reshape(-1), None if mask is None else mask.reshape(-1)
     result = torch.empty(len(flat), dtype=columns.dtype)
 
