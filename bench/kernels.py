@@ -56,9 +56,9 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     working = torch.float64 if columns == "fp64" else torch.float32
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
     transpose = triton_tiled.TRANSPOSE_TILE[working]
-    block, tile = {"BLOCK": triton_binned.BLOCK}, triton_binned.TILE
+    block, tile = {"BLOCK": triton_binned.BLOCK[working]}, triton_binned.TILE
     mask, shares = {"weights_ptr": "*u8"}, {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
-    per_column = "column", triton_binned.BLOCK
+    per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
     for step, hard in (("", False), (" hard", True)):
         flag = {"HARD": hard}

@@ -16,6 +16,9 @@ from .problems import Problem, Size, make_problem
 
 SECONDS = 6.0  # a contender takes no further turn after so many, but has at least _LEAST
 _LEAST = 3
+# Where a contender's p80 is more than so many times its p20, somebody else used the machine: the size is measured
+# again, so often at most, and the steadiest try is kept.
+STEADY, TRIES = 2.0, 3
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Row:
     case: str
     contender: str
     repeats: int
+    tries: int  # how often the size was measured until it was steady
     p20_ms: float
     p50_ms: float
     p80_ms: float
@@ -85,7 +89,7 @@ def _take_turns(found: dict[str, Contender], cuda: bool, repeats: int) -> dict[s
     return times
 
 
-def _measure(size: Size, device: torch.device, repeats: int, seed: int) -> list[Row]:
+def _measure(size: Size, device: torch.device, repeats: int, seed: int, tries: int) -> list[Row]:
     problem = make_problem(size, device, seed)
     found = contenders(size, problem)
     for contender in found.values():
@@ -104,6 +108,7 @@ def _measure(size: Size, device: torch.device, repeats: int, seed: int) -> list[
             **size._asdict(),
             contender=name,
             repeats=len(times[name]),
+            tries=tries,
             p20_ms=quantiles[name][0],
             p50_ms=medians[name],
             p80_ms=quantiles[name][2],
@@ -121,8 +126,16 @@ def sweep(sizes: list[Size], device: torch.device, repeats: int, seed: int) -> l
     with tqdm(sizes, desc="timing", unit="size") as progress:
         for size in progress:
             progress.set_postfix(group=size.group, N=size.anchors, P=size.positives)
-            rows += _measure(size, device, repeats, seed)
+            tried: list[list[Row]] = []
+            while len(tried) < TRIES and (not tried or unsteadiness(tried[-1]) > STEADY):
+                tried.append(_measure(size, device, repeats, seed, len(tried) + 1))
+            rows += min(tried, key=unsteadiness)
     return rows
+
+
+def unsteadiness(rows: list[Row]) -> float:
+    """The largest p80 / p20 of the contenders at a size."""
+    return max(row.p80_ms / row.p20_ms for row in rows)
 
 
 def exponents(rows: list[Row], group: str, by: str, least: int) -> dict[str, float]:

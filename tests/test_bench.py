@@ -91,7 +91,7 @@ def test_sweep_times_everything_and_keeps_ratios() -> None:
 
 def test_exponents_of_growth() -> None:
     rows = [
-        timing.Row("anchors", n, 10, 1.0, "", "", name, 3, 1, n**power, 1, 1, None, {})
+        timing.Row("anchors", n, 10, 1.0, "", "", name, 3, 1, 1, n**power, 1, 1, None, {})
         for n in (100, 1000, 10_000, 100_000)
         for name, power in (("linear", 1.0), ("root", 0.5))
     ]

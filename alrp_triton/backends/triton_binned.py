@@ -27,8 +27,9 @@ from torch import Tensor
 from .knots import working_dtype
 from .triton_tiled import readable
 
-# Columns a program; threads; and for the kernels over bins and rows, the tile of their dense product.
-BLOCK = 1024
+# Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; and for the kernels over
+# bins and rows, the tile of their dense product.
+BLOCK = {torch.float32: 1024, torch.float64: 512}
 WARPS = 4
 TILE = {"OUT": 8, "IN": 128}
 _CELLS_A_KNOT = 2
@@ -346,16 +347,16 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
         # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
         largest = torch.linalg.vector_norm(weights, math.inf).double().frexp().exponent
         weights = torch.ldexp(weights.double(), -largest)
-    out = torch.empty_like(rows)
+    out, block = torch.empty_like(rows), BLOCK[working_dtype(columns)]
     with torch.cuda.device_of(rows):
         bins = _make_bins(rows, columns, delta)
         copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p + 1)))
         table = torch.zeros(copies, 2, 2 * p + 1, dtype=torch.int64, device=rows.device)
         # A sum of n positions of at most 2 stays below 2**62.
         scale = 2.0 ** (61 - max(n - 1, 1).bit_length())
-        count_kernel[(triton.cdiv(n, BLOCK),)](
+        count_kernel[(triton.cdiv(n, block),)](
             columns.contiguous(), readable(weights), bins.knots, bins.lut, table, p, bins.cells, n, copies, delta,
-            scale, BLOCK=BLOCK, HARD=hard, num_warps=WARPS,
+            scale, BLOCK=block, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
         rows_kernel[(triton.cdiv(p, TILE["OUT"]),)](
             rows, bins.knots, bins.rise, bins.done, table.sum(0), out, p, delta, 1 / scale, HARD=hard,
@@ -368,14 +369,15 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
     p, n, hard = rows.numel(), columns.numel(), delta == 0
     out = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
+    block = BLOCK[working_dtype(columns)]
     with torch.cuda.device_of(rows):
         bins = _make_bins(rows, columns, delta)
         lines = bins.knots.new_empty(2 * p + 1, 2)
         lines_kernel[(triton.cdiv(2 * p + 1, TILE["OUT"]),)](
             rows, weights, bins.knots, bins.rise, bins.done, lines, p, delta, HARD=hard, num_warps=WARPS, **TILE
         )
-        evaluate_kernel[(triton.cdiv(n, BLOCK),)](
+        evaluate_kernel[(triton.cdiv(n, block),)](
             columns.contiguous(), readable(mask), bins.knots, bins.lut, lines, out, p, bins.cells, n, delta,
-            BLOCK=BLOCK, HARD=hard, num_warps=WARPS,
+            BLOCK=block, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from .triton_tiled import readable
 
 BLOCK = 2048
-CLASS_TILE = {"ANCHORS": 32, "CLASSES": 64}
+CLASS_TILE = {"ANCHORS": 16, "CLASSES": 64}
 WARPS = 4
 
 
