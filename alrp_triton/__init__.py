@@ -8,7 +8,7 @@ from .functional import ALRPLossOutput as ALRPLossOutput
 from .functional import alrp_loss as alrp_loss
 from .modules import ALRPLoss as ALRPLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ALRPLoss",
     "ALRPLossOutput",
