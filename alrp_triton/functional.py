@@ -169,7 +169,7 @@ def alrp_loss(
     Defined behaviour:
         * No positives: both losses are 0 whatever the logits, each connected to the graph if its input requires a
           gradient; all gradients are 0.
-        * No negatives, everything ignored, N = 0: as the formulas say, no NaN.
+        * No negatives, everything ignored, N = 0: as the formulas say, no NaN from finite input.
         * Ties: equal scores see each other with h(0), 1/2 for delta > 0 and 1 for delta = 0; in ``localisation`` equal
           positives count for each other both ways; ``order`` is stable. Values and gradients do not depend on the order
           of the input, but for rounding.

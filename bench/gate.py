@@ -32,7 +32,7 @@ class Check:
     def passed(self) -> bool:
         """False for NaN, too. Buckets are no more than an approximation for delta > 0, but balanced."""
         exact = self.contender != BUCKETED or self.delta == 0
-        return (self.difference <= TOLERANCE or not exact) and self.imbalance <= TOLERANCE
+        return self.difference <= (TOLERANCE if exact else 1.0) and self.imbalance <= TOLERANCE
 
 
 def _check(problem: Problem, contender: str, step: Step, against: str, expected: Step) -> Check:

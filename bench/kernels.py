@@ -101,7 +101,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK
             ),
             "targets classes": Kernel(
-                triton_targets.classes_kernel, triton_targets.CLASS_TILE, {}, triton_targets.WARPS
+                triton_targets.classes_kernel, triton_targets.CLASS_TILE | {"SIGNED": True}, {}, triton_targets.WARPS
             ),
         }
     return found

@@ -65,6 +65,12 @@ def test_gate_catches_a_lost_negative_and_a_nan() -> None:
     assert not check(unbalanced, "itself", unbalanced).passed
 
 
+def test_gate_sees_nan_in_an_approximation() -> None:
+    check = partial(gate.Check, 1, 1, 1.0, BUCKETED, "oracle", "grad_logits")
+    assert check(0.2, 0.0).passed
+    assert not check(float("nan"), 0.0).passed
+
+
 def test_contenders_follow_the_stated_rule() -> None:
     def names(size: Size) -> set[str]:
         empty = torch.zeros(4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton.backends import knots, numba_binned, torch_binned
+from alrp_triton.backends import knots, numba_binned, numba_dense, torch_binned
 from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
 
@@ -84,6 +84,31 @@ def test_dtypes(module: ModuleType, dtype: torch.dtype, delta: float) -> None:
     product = module.rmatvec(rows, weights, columns, None, delta)
     assert product.dtype == dtype
     assert_near(product, as_numpy(weights) @ h, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_mode(module: ModuleType, dtype: torch.dtype) -> None:
+    rows = draw("random")[0]
+    weights = torch.ones_like(rows)
+    columns = torch.randn(20_000).to(dtype)
+    expected = module.matvec(rows, columns, None, 1.0), module.rmatvec(rows, weights, columns, None, 1.0)
+    with torch.inference_mode():
+        inside = columns.clone()
+        assert torch.equal(module.matvec(rows, inside, None, 1.0), expected[0])
+        assert torch.equal(module.rmatvec(rows, weights, inside, None, 1.0), expected[1])
+
+
+def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(x: int) -> int:
+        return 2 * x
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.enable_caching", refuse)
+    with pytest.warns(RuntimeWarning, match="twice anew in every process.*NUMBA_CACHE_DIR"):
+        compiled = numba_dense.jit(twice)
+    assert compiled(21) == 42
 
 
 def test_nan(module: ModuleType) -> None:

@@ -77,6 +77,12 @@ def test_class_indices(classify: Classify, dtype: torch.dtype, background: int, 
     assert classify(targets.to(device), classes, background, ignore, 0)[2][1] > 0
 
 
+@pytest.mark.parametrize(("background", "ignore"), [(3, -1), (-1, -2), (3, 7)])
+def test_unsigned_class_indices_do_not_wrap(classify: Classify, background: int, ignore: int, device: str) -> None:
+    targets = torch.tensor(np.array([0, 3, 2**64 - 1, 2**64 - 2], np.uint64)).to(device)
+    assert classify(targets, 3, background, ignore, 1)[2][1] > 0
+
+
 def test_another_number_of_positives_is_told_and_writes_nothing_beyond(classify: Classify, device: str) -> None:
     targets = torch.ones(3000, dtype=torch.int8, device=device)
     for count in (0, 5, 2999, 3001):

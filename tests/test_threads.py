@@ -1,5 +1,6 @@
 """Python calls on torch's threads: all are made, on several threads, and what one raises arrives."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -12,12 +13,12 @@ from alrp_triton.backends import threads
 
 
 @pytest.fixture(params=["openmp", "threads"], autouse=True)
-def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[str]:
     if request.param == "threads":  # as where torch has no OpenMP library
         monkeypatch.setattr(threads, "_openmp", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -45,6 +46,34 @@ def test_what_a_task_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError, match="seen"):
         threads.run([fail, lambda: done.append(1)])
     assert done == [1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ctypes tells of what it drops
+def test_an_interrupt_is_raised_wherever_it_comes(team: str) -> None:
+    """Of a signal's handler: at no point of the call is it dropped, or a task lost without an error."""
+    if team == "threads":
+        pytest.skip("interrupts in Python's own pool are Python's business")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    raised = 0
+    try:
+        for attempt in range(300):
+            done = [False] * 400
+            tasks = [partial(done.__setitem__, i, True) for i in range(len(done))]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + attempt % 50 * 5e-6)
+                threads.run(tasks)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert all(done)
+            except KeyboardInterrupt:
+                raised += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert raised > 0
 
 
 def test_many_callers_at_once() -> None:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import threads, torch_binned
 from .knots import as_array, make_knots, working_dtype
+from .numba_dense import jit
 from .torch_binned import Grid, make_grid
 
 # A block is long against the start of a thread, and where there are some, long against the moving of its sums; each has
@@ -30,10 +30,8 @@ _SHORT, _SOME_BLOCKS = 1 << 16, 8
 _LONG, _MOST_BLOCKS = 1 << 18, 32
 _STRIP = 1024  # columns that take a step together: their numbers fit the first-level cache
 
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
-
-@_compile
+@jit
 def _locate(x, scale, first, cells, cell, position):
     """Cell and position in it of each column, as Grid.cell has them; NaN in cell 0."""
     last = x.dtype.type(first + cells - 2)
@@ -46,7 +44,7 @@ def _locate(x, scale, first, cells, cell, position):
         cell[j] = np.uint32(np.int32(floor - first))
 
 
-@_compile
+@jit
 def _search(x, cell, base, ladder):
     """Bin of a column in a crowded cell."""
     low, high = base[cell], base[cell + 1]
@@ -59,7 +57,7 @@ def _search(x, cell, base, ladder):
     return low
 
 
-@_compile
+@jit
 def _count(columns, weights, size, scale, first, knot, base, ladder, low, by_bin):
     """Number of columns in each bin, and sum of their positions: by_bin (blocks, 2P + 1, 2).
 
@@ -95,7 +93,7 @@ def _count(columns, weights, size, scale, first, knot, base, ladder, low, by_bin
         _fold(by_half, scale, first, knot, base, low, sums)
 
 
-@_compile
+@jit
 def _fold(by_half, scale, first, knot, base, low, sums):
     """Move sums of half-cells to their bins, as Grid.fold does; by_half is 0 afterwards."""
     for cell in range(len(knot)):
@@ -108,7 +106,7 @@ def _fold(by_half, scale, first, knot, base, low, sums):
     by_half[:] = 0
 
 
-@_compile
+@jit
 def _spread(by_bin, scale, first, knot, base, low, by_half):
     """Lines of the bins (value, slope) to by_half, the lines of half-cells, as Grid.lines does."""
     for cell in range(len(knot)):
@@ -119,7 +117,7 @@ def _spread(by_bin, scale, first, knot, base, low, by_half):
             by_half[2 * cell + side, 1] = by_bin[bin, 1] / scale
 
 
-@_compile
+@jit
 def _evaluate(columns, mask, scale, first, knot, base, ladder, low, by_half, by_bin, out):
     """Out = value + slope * position, from by_half (value, slope), or from by_bin in crowded cells; 0 where masked."""
     cell, picked, position = np.empty(_STRIP, np.uint32), np.empty(_STRIP, np.uint32), np.empty(_STRIP, columns.dtype)
@@ -159,9 +157,12 @@ def _share(task: Callable[[slice], None], columns: int, size: int, step: int) ->
     runs = min(torch.get_num_threads(), blocks)
     bounds = [min(blocks * run // runs * size, columns) for run in range(runs + 1)]
 
+    inference = torch.is_inference_mode_enabled()  # of this thread alone
+
     def call(start: int, stop: int) -> None:
-        for begin in range(start, stop, step):
-            task(slice(begin, min(begin + step, stop)))
+        with torch.inference_mode(inference):
+            for begin in range(start, stop, step):
+                task(slice(begin, min(begin + step, stop)))
 
     threads.run([partial(call, *ends) for ends in pairwise(bounds)])
 

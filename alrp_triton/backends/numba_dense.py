@@ -7,6 +7,11 @@ thread; the strip of columns at hand stays in the first-level cache.
 # numba has no types, and what it compiles is not called as Python.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -15,7 +20,22 @@ from torch import Tensor
 _STRIP = 1024
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile at first use, to run without Python's lock; cached on disk where there is a place for it."""
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:
+        warnings.warn(
+            f"numba compiles {function.__name__} anew in every process, for it cannot cache it: {error}. "
+            "NUMBA_CACHE_DIR can name a folder that is writable.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return numba.njit(**options)(function)
+
+
+@jit
 def _step(d, scale):
     """The step h of a difference; scale is 1 / (2 delta), or 0 for delta = 0. 0 for NaN."""
     h = d * scale + 0.5 if scale > 0 else (1.0 if d >= 0 else 0.0)
@@ -23,7 +43,7 @@ def _step(d, scale):
     return h if h < 1 else 1.0
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})  # so that a sum has many lanes
+@partial(jit, fastmath={"reassoc"})  # so that a sum has many lanes
 def _sum_columns(rows, columns, weights, scale, out):
     for begin in range(0, len(columns), _STRIP):
         x, v = columns[begin : begin + _STRIP], weights[begin : begin + _STRIP]
@@ -34,7 +54,7 @@ def _sum_columns(rows, columns, weights, scale, out):
             out[i] += total
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def _sum_rows(rows, weights, columns, scale, out):
     for begin in range(0, len(columns), _STRIP):
         x, g = columns[begin : begin + _STRIP], out[begin : begin + _STRIP]

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -35,26 +36,36 @@ def run(tasks: Sequence[Callable[[], object]]) -> None:
     A task should spend its time outside of Python, without Python's lock.
     """
     threads = min(torch.get_num_threads(), len(tasks))
-    waiting = list(tasks)
-    failures: list[BaseException] = []
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    parallel = _openmp()
+    waiting, failures = list(tasks), list[BaseException]()
+    caller, returned = get_ident(), False
 
     def work(_: object = None) -> None:
-        while True:
-            try:
-                task = waiting.pop()  # atomic
-            except IndexError:
-                return
-            try:
+        nonlocal returned
+        try:
+            while True:
+                try:
+                    task = waiting.pop()  # atomic
+                except IndexError:
+                    break
                 task()
-            except BaseException as failure:  # must not reach the compiled code that called
-                failures.append(failure)
+        except BaseException as failure:  # must not reach the compiled code that called
+            failures.append(failure)
+        if get_ident() == caller:
+            returned = True
 
-    if threads == 1:
-        work()
-    elif (parallel := _openmp()) is not None:
+    if parallel is not None:
         parallel(_Body(work), None, threads, 0)
+        if not returned and not failures:
+            # A signal's handler raised at the very beginning of this thread's call, where ctypes drops exceptions.
+            raise KeyboardInterrupt
     else:
         with ThreadPoolExecutor(threads) as pool:
-            pool.map(work, range(threads))
+            for _ in range(threads):
+                pool.submit(work)
     if failures:
         raise failures[0]

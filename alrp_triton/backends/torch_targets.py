@@ -48,11 +48,15 @@ def classify(
     if num_classes is None:
         negatives, positives, bad = _classify_dense(targets)
     else:
+        signed = targets.dtype.is_signed
         targets = targets.reshape(-1).long()  # a number of classes would wrap around in a narrow dtype
         inside = (targets >= 0) & (targets < num_classes)
         counted = targets != ignore_index
-        positive = inside & counted & (targets != background)
-        bad = ~(inside | (targets == background) | ~counted).all()
+        nothing = (targets == background) | ~counted
+        if not signed:  # what is negative now was a uint64 too large
+            nothing &= targets >= 0
+        positive = inside & ~nothing
+        bad = ~(inside | nothing).all()
         where = positive.nonzero().view(-1)
         positives = where * num_classes + targets[where]
         negatives = counted.unsqueeze(1).repeat(1, num_classes).view(-1)

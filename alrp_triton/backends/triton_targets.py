@@ -49,7 +49,7 @@ def dense_kernel(
 @triton.jit(do_not_specialize=["count", "anchors", "classes", "background", "ignore_index"])
 def classes_kernel(
     targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, anchors: tl.int64, classes: tl.int64,
-    background: tl.int64, ignore_index: tl.int64, ANCHORS: tl.constexpr, CLASSES: tl.constexpr,
+    background: tl.int64, ignore_index: tl.int64, SIGNED: tl.constexpr, ANCHORS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Program b: class indices of block b of the anchors, and all their logits."""
     anchor = tl.program_id(0).to(tl.int64) * ANCHORS + tl.arange(0, ANCHORS)
@@ -57,6 +57,8 @@ def classes_kernel(
     target = tl.load(targets_ptr + anchor, mask=inside, other=0).to(tl.int64)
     counted = target != ignore_index
     nothing = (target == background) | ~counted
+    if not SIGNED:  # what is negative now was a uint64 too large
+        nothing = nothing & (target >= 0)
     known = (target >= 0) & (target < classes)
     for begin in range(0, classes, CLASSES):
         c = begin + tl.arange(0, CLASSES)
@@ -85,6 +87,6 @@ def classify(
         else:
             classes_kernel[(triton.cdiv(n, CLASS_TILE["ANCHORS"]),)](
                 read, negatives.view(torch.int8), positives, status, count, n, num_classes, background, ignore_index,
-                num_warps=WARPS, **CLASS_TILE,
+                SIGNED=signed, num_warps=WARPS, **CLASS_TILE,
             )  # fmt: skip
     return negatives, positives.sort().values, status
