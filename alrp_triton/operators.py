@@ -118,10 +118,7 @@ def _among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Ten
 
 
 def _below_rows(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    on_gpu = resolve(backend, rows.device.type, rows.numel(), rows.numel()).startswith("triton")
-    return _module("triton_tiled" if on_gpu else "knots").below_rows(rows, weights)
+    return torch.zeros_like(rows) if rows.numel() == 0 else _of_rows(rows, backend).below_rows(rows, weights)
 
 
 def _classify(

@@ -14,7 +14,7 @@ from alrp_triton.functional import EPS
 
 from .contenders import RULE
 from .gate import TOLERANCE, check
-from .problems import groups, sizes
+from .problems import sizes
 from .report import fill, markdown, pages, render
 from .run import ROOT, describe_run
 from .timing import SECONDS, STEADY, TRIES, sweep
@@ -22,7 +22,7 @@ from .timing import SECONDS, STEADY, TRIES, sweep
 RESULTS = ROOT / "bench" / "results"
 
 
-GROUPS = tuple(groups(sizes(quick=False, cuda=False)))
+GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False, cuda=False)))
 
 
 def _count(text: str) -> int:

@@ -1,6 +1,5 @@
 """What is timed: seeded random problems of stated sizes and score distributions, and the sizes of known detectors."""
 
-from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -105,8 +104,3 @@ def make_problem(size: Size, device: torch.device, seed: int, ignored: int = 0) 
     return Problem(
         logits.to(device).requires_grad_(), targets.to(device), box_errors.to(device).requires_grad_(), delta
     )
-
-
-def groups(of: list[Size]) -> Iterator[str]:
-    """Names of the groups, in order."""
-    yield from dict.fromkeys(size.group for size in of)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
-from .problems import HEADLINE, Size, groups
+from .problems import HEADLINE
 from .run import ROOT
 from .tables import number, table
 from .timing import Row, exponents
@@ -127,7 +127,7 @@ def render(report: dict[str, Any], name: str) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """All tables of a run."""
-    names = groups([Size(row.group, 0, 0) for row in rows_of(report)])
+    names = dict.fromkeys(row.group for row in rows_of(report))
     parts = [_conditions(report), _gate(report), *(f"## {name}\n\n{_times(report, name)}" for name in names)]
     parts.append(_growth(report))
     if "machine" in report:

@@ -119,7 +119,7 @@ def _spread(by_bin, scale, first, knot, base, low, by_half):
 
 @jit
 def _evaluate(columns, mask, scale, first, knot, base, ladder, low, by_half, by_bin, out):
-    """Out = value + slope * position, from by_half (value, slope), or from by_bin in crowded cells; 0 where masked."""
+    """Fill out with value + slope * position, from by_half or, in crowded cells, from by_bin; 0 where masked."""
     cell, picked, position = np.empty(_STRIP, np.uint32), np.empty(_STRIP, np.uint32), np.empty(_STRIP, columns.dtype)
     for begin in range(0, len(columns), _STRIP):
         x, g = columns[begin : begin + _STRIP], out[begin : begin + _STRIP]

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .knots import below_rows as below_rows
+
 _STRIP = 1024
 
 

@@ -97,7 +97,7 @@ def _rank(knot, rows_ptr, P, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
 def knots_kernel(rows_ptr, knots_ptr, rise_ptr, done_ptr, most_ptr, P, delta: tl.float64, BLOCK: tl.constexpr):
     """Program b: knots of block b of the rows, at their places in the order of all; rise and done as in knots.Knots.
 
-    Makes most_ptr, which lut_kernel adds to, 0.
+    Makes most_ptr 0, for lut_kernel to raise.
     """
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -172,7 +172,7 @@ def lut_kernel(knots_ptr, lut_ptr, P, M, BLOCK: tl.constexpr):
 
 @triton.jit
 def _position(x, bin, inside, knots_ptr, rate, HARD: tl.constexpr):
-    """H at the column less h at the lower knot of its bin, for a row with a slope there: at most 1 or so, else cut."""
+    """What h gains from the lower knot of a column's bin to the column, for a row with a slope there; cut at 2."""
     if HARD:
         position = tl.zeros(x.shape, x.dtype)
     else:
@@ -226,7 +226,7 @@ def count_kernel(
 
 @triton.jit
 def _at_low(t, row, knots_ptr, P, delta, dtype: tl.constexpr, HARD: tl.constexpr):
-    """H of rows at the lower knot of bins, in float64, and dh/dposition there: 1, or 0 for a row that jumps."""
+    """The step h of rows at the lower knot of bins, float64, and dh/dposition there: 1, or 0 for a row that jumps."""
     knot = tl.load(knots_ptr + t - 1, mask=(t > 0) & (t <= 2 * P), other=0.0).to(tl.float64)
     knot = tl.minimum(knot, 1.7e308 if dtype == tl.float64 else 3.4e38)  # an infinite knot counts for no row's slope
     if HARD:
