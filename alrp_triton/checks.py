@@ -78,13 +78,13 @@ def check_delta(delta: object) -> float:
     return number
 
 
-def check_values(condition: Tensor, error: Callable[[], ValueError], message: str) -> None:
-    """Raise ``error()`` if the 0-d bool tensor ``condition`` is False.
+def check_values(condition: Tensor | bool, error: Callable[[], ValueError], message: str) -> None:
+    """Raise ``error()`` if the condition is False.
 
-    On a GPU that would cost a synchronisation of the host, so there it is an asynchronous device assertion: the error
-    surfaces at the next synchronising call, with ``message``.
+    Where it is a tensor on a GPU (bool, 0-d), to know it would cost a synchronisation of the host: so it is asserted on
+    the device, asynchronously, and an error surfaces at the next synchronising call, with ``message``.
     """
-    if condition.device.type == "cuda":
+    if isinstance(condition, Tensor) and condition.device.type == "cuda":
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    elif not bool(condition):
+    elif not condition:
         raise error()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from . import operators
 from .checks import check_delta, check_number, check_same_device, check_tensor
 from .comparison import ComparisonMatrix
 from .operators import Backend, check_backend
@@ -62,32 +63,17 @@ class _ALRPLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         delta, eps, backend = settings
         flat = logits.reshape(-1)
-        count = max(positives.numel(), 1)
         scores, order = flat.index_select(0, positives).double().sort(stable=True)
         errors = box_errors.double().index_select(0, order)
         # Rows: the positives. Columns: the negatives among all logits; then the positives themselves.
         matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
-        false_positives = matrix.matvec()
-        positives_above, box, ranked = matrix.among_rows(errors)
-        rank = positives_above + (1 - matrix.at_zero) + false_positives  # all but itself by h, and 1 for itself
-        classification, localisation = (torch.stack([false_positives, ranked]) / rank).sum(1) / count
-
-        # The update of Theorem 1: each positive has an error, and shares it among the negatives that outrank it.
-        error = share = None
-        if ctx.needs_input_grad[0]:
-            idle = false_positives <= eps  # NaN is not idle
-            others = torch.sub(box, errors, alpha=matrix.at_zero)  # all but its own box error
-            error = ((false_positives + others) / rank).masked_fill_(idle, 0.0)
-            share = (error / false_positives).masked_fill_(idle, 0.0)
-
-        ctx.settings = settings
-        ctx.save_for_backward(
-            logits, box_errors, negatives, scores, order, positives.index_select(0, order), rank, error, share
-        )
-        ctx.set_materialize_grads(False)
         dtype = torch.promote_types(torch.promote_types(logits.dtype, box_errors.dtype), torch.float32)
-        classification, localisation = classification.to(dtype), localisation.to(dtype)
-        rank = torch.empty_like(rank, dtype=dtype).index_copy_(0, order, rank.to(dtype))
+        classification, localisation, rank, update = operators.alrp_terms(
+            matrix.matvec(), matrix.among_rows(errors), errors, order, matrix.at_zero, eps, dtype, backend
+        )
+        ctx.settings = settings
+        ctx.save_for_backward(logits, box_errors, negatives, scores, order, positives.index_select(0, order), update)
+        ctx.set_materialize_grads(False)
         wanted = zip(ctx.needs_input_grad[:2], (classification, localisation), strict=True)
         ctx.mark_non_differentiable(rank, order, *(loss for needed, loss in wanted if not needed))
         return classification, localisation, rank, order
@@ -96,20 +82,20 @@ class _ALRPLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_classification, grad_localisation = grad_outputs[:2]
         delta, _, backend = ctx.settings
-        logits, box_errors, negatives, scores, order, positives, rank, error, share = ctx.saved_tensors
-        count = max(positives.numel(), 1)
+        logits, box_errors, negatives, scores, order, positives, update = ctx.saved_tensors
+        of_positive, of_false_positive, of_rank = update
         grad_logits = grad_errors = None
         with torch.no_grad():
             flat = logits.reshape(-1)
             matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
+            # The update of Theorem 1: each positive has an error, and shares it among the negatives that outrank it.
             if ctx.needs_input_grad[0] and grad_classification is not None:
-                scale = grad_classification.double() / count
-                grad_logits = matrix.rmatvec(share * scale)
-                grad_logits.index_copy_(0, positives, (-error * scale).to(logits.dtype))
+                grad_logits = matrix.rmatvec(of_false_positive * grad_classification)
+                grad_logits.index_copy_(0, positives, (of_positive * grad_classification).to(logits.dtype))
                 grad_logits = grad_logits.reshape(logits.shape)
             if ctx.needs_input_grad[1] and grad_localisation is not None:
-                shares = matrix.below_rows((grad_localisation.double() / count) / rank).to(box_errors.dtype)
-                grad_errors = torch.empty_like(shares).index_copy_(0, order, shares)
+                grads = matrix.below_rows(of_rank * grad_localisation).to(box_errors.dtype)
+                grad_errors = torch.empty_like(grads).index_copy_(0, order, grads)
         if torch.is_grad_enabled():  # create_graph=True
             cause = [t for t in (logits, box_errors, *grad_outputs[:2]) if t is not None and t.requires_grad]
             grad_logits, grad_errors = (

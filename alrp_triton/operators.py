@@ -11,6 +11,10 @@ choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)`
 * ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v,
   and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
 * ``below_rows(rows, weights, backend)``: the transpose of the last, g_k = sum of w_i over s_i <= s_k, float64 ``(P,)``.
+* ``alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype, backend)``: what aLRP Loss makes of its
+  sums (:func:`alrp_triton.formulas.alrp`), ``among`` being that of ``among_rows``, and ``order`` the place of each row in
+  the input. Both losses, 0-d, and the ranks in the order of the input, ``(P,)``, in ``dtype``; and float64 ``(3, P)``:
+  each row's own gradient, its share for a false positive, and 1 / rank, all divided by P.
 * ``classify(targets, num_classes, background, ignore_index, count)``: bool mask of the negatives ``(N,)``, int64 flat
   indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many
   values that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
@@ -121,6 +125,21 @@ def _below_rows(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
     return torch.zeros_like(rows) if rows.numel() == 0 else _of_rows(rows, backend).below_rows(rows, weights)
 
 
+def _alrp_terms(
+    false_positives: Tensor,
+    among: Tensor,
+    box_errors: Tensor,
+    order: Tensor,
+    at_zero: float,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    in_triton = resolve(backend, false_positives.device.type, 1, 1).startswith("triton")
+    module = _module("triton_losses" if in_triton else "losses")
+    return module.alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype)
+
+
 def _classify(
     targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +166,20 @@ def _below_rows_fake(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
     return torch.empty_like(rows)
 
 
+def _alrp_terms_fake(
+    false_positives: Tensor,
+    among: Tensor,
+    box_errors: Tensor,
+    order: Tensor,
+    at_zero: float,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, rank = (false_positives.new_empty(shape, dtype=dtype) for shape in ((), false_positives.shape))
+    return loss, torch.empty_like(loss), rank, torch.empty_like(among)
+
+
 def _classify_fake(
     targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +198,12 @@ for _signature, _kernel, _fake in (
     ("among_rows(Tensor rows, Tensor values, float delta, str backend) -> Tensor", _among_rows, _among_rows_fake),
     ("below_rows(Tensor rows, Tensor weights, str backend) -> Tensor", _below_rows, _below_rows_fake),
     (
+        "alrp_terms(Tensor false_positives, Tensor among, Tensor box_errors, Tensor order, float at_zero, float eps,"
+        " ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+        _alrp_terms,
+        _alrp_terms_fake,
+    ),
+    (
         "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count)"
         " -> (Tensor, Tensor, Tensor)",
         _classify,
@@ -179,4 +218,5 @@ matvec = torch.ops.alrp_triton.matvec
 rmatvec = torch.ops.alrp_triton.rmatvec
 among_rows = torch.ops.alrp_triton.among_rows
 below_rows = torch.ops.alrp_triton.below_rows
+alrp_terms = torch.ops.alrp_triton.alrp_terms
 classify = torch.ops.alrp_triton.classify

@@ -65,23 +65,21 @@ def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Ten
         ValueError: values of targets that mean nothing, or another number of positives than of box errors. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    count = box_errors.numel()
-    if form.num_classes is None:
+    count, classes = box_errors.numel(), form.num_classes
+    if classes is None:
         meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
-        meaningful = {0, 1, form.ignore_index}
     else:
         meaning = (
-            f"class-index targets must be a class from 0 to {form.num_classes - 1}, {form.background} (background) or "
+            f"class-index targets must be a class from 0 to {classes - 1}, {form.background} (background) or "
             f"{form.ignore_index} (ignored)"
         )
-        meaningful = {*range(form.num_classes), form.background, form.ignore_index}
     negatives, positives, status = operators.classify(targets, *form, count)
+    found, bad = status if status.device.type == "cuda" else status.tolist()
 
     def bad_values() -> ValueError:
+        known = {form.background, form.ignore_index, *range(2 if classes is None else classes)}
         values, counts = targets.unique(return_counts=True)
-        seen = [
-            (value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in meaningful
-        ]
+        seen = [(value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in known]
         return ValueError(
             f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
             "of these"
@@ -90,9 +88,9 @@ def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Ten
     def bad_count() -> ValueError:
         return ValueError(
             f"box_errors must have one value for each positive, in the order of their flat index: "
-            f"got {count} box_errors, but targets mark {int(status[0])} positives"
+            f"got {count} box_errors, but targets mark {int(found)} positives"
         )
 
-    check_values(status[1] == 0, bad_values, f"alrp_triton: {meaning}")
-    check_values(status[0] == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
+    check_values(bad == 0, bad_values, f"alrp_triton: {meaning}")
+    check_values(found == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
     return negatives, positives

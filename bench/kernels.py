@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alrp_triton.backends import triton_binned, triton_targets, triton_tiled
+from alrp_triton.backends import triton_binned, triton_losses, triton_targets, triton_tiled
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +30,9 @@ _TYPES = {
     "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "mask_ptr": "*u8",
     "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "lut_ptr": "*i32", "most_ptr": "*i32", "rise_ptr": "*i32",
-    "done_ptr": "*i32",
+    "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64", "box_errors_ptr": "*fp64",
+    "order_ptr": "*i64", "classification_ptr": "*fp32", "localisation_ptr": "*fp32", "rank_ptr": "*fp32",
+    "update_ptr": "*fp64", "at_zero": "fp64", "eps": "fp64",
     "table_ptr": "*i64", "targets_ptr": "*i64", "negatives_ptr": "*i8", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
@@ -97,6 +99,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         found |= {
             "among rows": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": False}, out, triton_tiled.WARPS),
             "among rows hard": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": True}, out, triton_tiled.WARPS),
+            "alrp terms": Kernel(triton_losses.alrp_kernel, {"BLOCK": triton_losses.BLOCK}, {}, triton_losses.WARPS),
             "targets dense": Kernel(
                 triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK
             ),

@@ -203,7 +203,7 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     size = _block_size(columns.numel())
     working = working_dtype(columns)
     knots = make_knots(as_array(rows), delta, working)
-    grid = make_grid(knots, min(columns.numel(), size), rows.device)
+    grid = make_grid(knots, columns.numel(), rows.device)
     if grid is None:
         return torch_binned.rmatvec(rows, weights, columns, mask, delta)
     search = _search_arguments(grid)

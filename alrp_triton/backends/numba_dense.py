@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .knots import below_rows as below_rows
+from .knots import working_dtype
 
 _STRIP = 1024
 
@@ -45,58 +46,93 @@ def _step(d, scale):
     return h if h < 1 else 1.0
 
 
+@jit
+def _read(columns, weights, x, v):
+    """Columns and weights of a strip to x and v, and 0 for NaN; whether there was a NaN that counts."""
+    nan = False
+    for j in range(len(columns)):
+        v[j] = 1.0 if weights is None else weights[j]
+        nan |= (columns[j] != columns[j]) & (v[j] != 0)
+        x[j] = columns[j] if columns[j] == columns[j] else 0
+    return nan
+
+
 @partial(jit, fastmath={"reassoc"})  # so that a sum has many lanes
-def _sum_columns(rows, columns, weights, scale, out):
-    for begin in range(0, len(columns), _STRIP):
-        x, v = columns[begin : begin + _STRIP], weights[begin : begin + _STRIP]
-        for i in range(len(rows)):
-            total = 0.0
-            for j in range(len(x)):
-                total += _step(x[j] - rows[i], scale) * v[j]
-            out[i] += total
+def _sum(x, v, row, scale):
+    total = 0.0
+    for j in range(len(x)):
+        total += _step(x[j] - row, scale) * v[j]
+    return total
 
 
 @jit
-def _sum_rows(rows, weights, columns, scale, out):
+def _sum_columns(rows, columns, weights, scale, out):
+    """Add to out the sum of h v for each row; NaN if a column that counts is."""
+    of_x, of_v = np.empty(_STRIP), np.empty(_STRIP)
+    poison = (rows[0] + rows[-1]) * 0
     for begin in range(0, len(columns), _STRIP):
-        x, g = columns[begin : begin + _STRIP], out[begin : begin + _STRIP]
+        part = columns[begin : begin + _STRIP]
+        x, v = of_x[: len(part)], of_v[: len(part)]
+        if _read(part, None if weights is None else weights[begin : begin + _STRIP], x, v):
+            poison = np.nan
+        for i in range(len(rows)):
+            out[i] += _sum(x, v, rows[i], scale)
+    for i in range(len(rows)):
+        out[i] += poison
+
+
+@jit
+def _sum_rows(rows, weights, columns, mask, scale, out):
+    """Fill out with the sum of h w for each column, in its own dtype; 0 where masked."""
+    of_x, of_g = np.empty(_STRIP), np.empty(_STRIP)
+    poison = (rows[0] + rows[-1]) * 0 + (weights * 0).sum()
+    for begin in range(0, len(columns), _STRIP):
+        part, result = columns[begin : begin + _STRIP], out[begin : begin + _STRIP]
+        x, g = of_x[: len(part)], of_g[: len(part)]
+        for j in range(len(x)):
+            x[j] = part[j]
+            g[j] = poison
         for i in range(len(rows)):
             for j in range(len(x)):
                 g[j] += _step(x[j] - rows[i], scale) * weights[i]
+        for j in range(len(x)):
+            result[j] = g[j] if x[j] == x[j] else x[j]
+        if mask is not None:
+            keep = mask[begin : begin + _STRIP]
+            for j in range(len(x)):
+                result[j] = result[j] if keep[j] else 0
 
 
 def _scale(delta: float) -> float:
     return 0.5 / delta if delta > 0 else 0.0
 
 
-@np.errstate(invalid="ignore")
+def _flat(tensor: Tensor) -> Any:
+    """As an array; half precision, which numba does not compute with, is widened."""
+    tensor = tensor.reshape(-1)
+    return tensor.to(working_dtype(tensor)).numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
 def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
     """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
-    x = columns.reshape(-1).double()
-    v = torch.ones_like(x) if weights is None else weights.reshape(-1).double()
-    x = torch.where(v != 0, x, 0.0)
     out = torch.zeros_like(rows)
-    _sum_columns(rows.numpy(), x.numpy(), v.numpy(), _scale(delta), out.numpy())
-    # What is not finite in the rows, and NaN in the columns, makes the sums NaN.
-    return out + (rows[0] + rows[-1]) * 0 + torch.where(x.isnan(), x, 0.0).sum()
-
-
-@np.errstate(invalid="ignore")
-def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
-    """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
-    s, v, out = rows.numpy(), values.numpy(), torch.zeros(3, rows.numel(), dtype=torch.float64)
-    wanted = (np.ones_like(s), _scale(delta)), (v, _scale(delta)), (v, 0.0)
-    for (weights, scale), row in zip(wanted, out, strict=True):
-        _sum_columns(s, s, weights, scale, row.numpy())
-        row += float((s[0] + s[-1]) * 0 + (weights * 0).sum())
+    v = None if weights is None else _flat(weights)
+    _sum_columns(rows.numpy(), _flat(columns), v, _scale(delta), out.numpy())
     return out
 
 
-@np.errstate(invalid="ignore")
+def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
+    """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
+    s, v, out = rows.numpy(), values.numpy(), np.zeros((3, rows.numel()))
+    _sum_columns(s, s, None, _scale(delta), out[0])
+    _sum_columns(s, s, v, _scale(delta), out[1])
+    _sum_columns(s, s, v, 0.0, out[2])
+    return torch.from_numpy(out)
+
+
 def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
     """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
-    x = columns.reshape(-1).double()
-    out = torch.zeros_like(x)
-    _sum_rows(rows.numpy(), weights.numpy(), x.numpy(), _scale(delta), out.numpy())
-    out = torch.where(x.isnan(), x, out + (rows[0] + rows[-1]) * 0 + (weights * 0).sum()).to(columns.dtype)
-    return (out if mask is None else torch.where(mask.reshape(-1), out, 0.0)).reshape(columns.shape)
+    x, keep = _flat(columns), None if mask is None else mask.reshape(-1).numpy()
+    out = torch.empty(x.shape, dtype=working_dtype(columns))
+    _sum_rows(rows.numpy(), weights.numpy(), x, keep, _scale(delta), out.numpy())
+    return out.to(columns.dtype).reshape(columns.shape)

@@ -1,4 +1,7 @@
-"""Targets read in torch operations: who is a negative, and where the positives are."""
+"""Targets read in torch operations: who is a negative, and where the positives are.
+
+On a GPU the host waits for the answer; there this is the way only where triton is missing.
+"""
 
 import torch
 from torch import Tensor
@@ -8,12 +11,13 @@ _CHUNK = 1 << 17
 _MIN_MAX = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes whose extremes tell all
 
 
-def _is_bad(targets: Tensor, codes: Tensor) -> Tensor:
-    """Whether some dense targets are none of 1, 0 and -1 (0-d bool); codes are the targets as int8."""
+def _is_bad(targets: Tensor, codes: Tensor) -> bool:
+    """Whether some dense targets are none of 1, 0 and -1; codes are the targets as int8."""
     lowest = -1 if targets.dtype.is_signed else 0  # -1 would wrap around to the largest value of an unsigned dtype
     low, high = (targets if targets.dtype in _MIN_MAX else codes).aminmax()
-    bad = (low < lowest) | (high > 1)
-    return bad if targets.dtype in _MIN_MAX else bad | (codes.to(targets.dtype) != targets).any()
+    if int(low) < lowest or int(high) > 1:
+        return True
+    return targets.dtype not in _MIN_MAX and bool((codes.to(targets.dtype) != targets).any())
 
 
 def _find(mask: Tensor) -> Tensor:
@@ -25,20 +29,37 @@ def _find(mask: Tensor) -> Tensor:
     return words.index_select(0, word) * 8 + byte
 
 
-def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, bool]:
     targets = targets.reshape(-1)
     chunk = _CHUNK if targets.device.type == "cpu" else max(targets.numel(), 1)
     negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
-    positives: list[Tensor] = [negatives.new_empty(0, dtype=torch.int64)]
-    bad = negatives.new_zeros((), dtype=torch.bool)
+    positives: list[Tensor] = []
+    bad = False
     for start in range(0, targets.numel(), chunk):
-        part = slice(start, start + chunk)
-        codes = targets[part].to(torch.int8)
-        bad = bad | _is_bad(targets[part], codes)
+        part = targets[start : start + chunk]
+        codes = part.to(torch.int8)
+        bad = bad or _is_bad(part, codes)
         # logical_not is what == 0 would give, several times faster.
-        positives.append(_find(codes.bitwise_xor(1).logical_not()) + start)
-        torch.logical_not(codes, out=negatives[part])
-    return negatives, torch.cat(positives), bad
+        positives.append(_find(codes.bitwise_xor(1).logical_not()).add_(start))
+        torch.logical_not(codes, out=negatives[start : start + chunk])
+    return negatives, torch.cat(positives) if positives else negatives.new_empty(0, dtype=torch.int64), bad
+
+
+def _classify_indices(
+    targets: Tensor, num_classes: int, background: int, ignore_index: int
+) -> tuple[Tensor, Tensor, bool]:
+    signed = targets.dtype.is_signed
+    targets = targets.reshape(-1).long()  # a number of classes would wrap around in a narrow dtype
+    inside = (targets >= 0) & (targets < num_classes)
+    counted = targets != ignore_index
+    nothing = (targets == background) | ~counted
+    if not signed:  # what is negative now was a uint64 too large
+        nothing &= targets >= 0
+    where = (inside & ~nothing).nonzero().view(-1)
+    positives = where * num_classes + targets[where]
+    negatives = counted.unsqueeze(1).repeat(1, num_classes).view(-1)
+    negatives.index_fill_(0, positives, False)
+    return negatives, positives, not bool((inside | nothing).all())
 
 
 def classify(
@@ -48,18 +69,7 @@ def classify(
     if num_classes is None:
         negatives, positives, bad = _classify_dense(targets)
     else:
-        signed = targets.dtype.is_signed
-        targets = targets.reshape(-1).long()  # a number of classes would wrap around in a narrow dtype
-        inside = (targets >= 0) & (targets < num_classes)
-        counted = targets != ignore_index
-        nothing = (targets == background) | ~counted
-        if not signed:  # what is negative now was a uint64 too large
-            nothing &= targets >= 0
-        positive = inside & ~nothing
-        bad = ~(inside | nothing).all()
-        where = positive.nonzero().view(-1)
-        positives = where * num_classes + targets[where]
-        negatives = counted.unsqueeze(1).repeat(1, num_classes).view(-1)
-        negatives.index_fill_(0, positives, False)
-    status = torch.stack([bad.new_full((), positives.numel(), dtype=torch.int64), bad.long()])
-    return negatives, positives if positives.numel() == count else positives.new_zeros(count), status
+        negatives, positives, bad = _classify_indices(targets, num_classes, background, ignore_index)
+    found = positives.numel()
+    status = torch.tensor([found, bad], dtype=torch.int64, device=targets.device)
+    return negatives, positives if found == count else positives.new_zeros(count), status
