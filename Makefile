@@ -3,10 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
-demo test test-cpu: export OMP_WAIT_POLICY := PASSIVE
+demo test coverage test-cpu: export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-cpu lint bench compiled tables figure1 install-check clean
+.PHONY: help demo test coverage test-cpu lint bench compiled tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -14,7 +14,10 @@ help:  ## List the targets
 demo: .venv/.demo  ## Train a RetinaNet with aLRP Loss on scenes of handwritten digits; pictures and figures in demo/
 	$(RUN) -m examples.digits --out demo
 
-test: .venv/.test .venv/.demo  ## Run the test suite with coverage (Triton's interpreter and compiler; a GPU if there is one)
+test: .venv/.test .venv/.demo  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
+	$(RUN) -m pytest $(PYTEST)
+
+coverage: .venv/.test .venv/.demo  ## The same, slower, and which lines of the package it runs
 	$(RUN) -m pytest --cov --cov-report=term $(PYTEST)
 
 test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it

@@ -5,19 +5,11 @@ and ``where(condition, this, that)``, which the caller brings. So :mod:`.backend
 and :mod:`.backends.triton_losses` compiles the same text into a kernel.
 """
 
-from typing import Any
+# Triton's compiler reads annotations too, and knows none that NumPy has.
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
 
-def alrp(
-    false_positives: Any,
-    positives_above: Any,
-    box_above: Any,
-    ranked_box: Any,
-    box_error: Any,
-    at_zero: Any,
-    eps: Any,
-    where: Any,
-) -> Any:
+def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_zero, eps, where):
     """ALRP Loss (Oksuz et al., NeurIPS 2020, Equations 9 to 11 and Theorem 1) for positive i.
 
     Args:

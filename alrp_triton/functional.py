@@ -183,6 +183,6 @@ def alrp_loss(
     delta, eps = check_delta(delta), check_number("eps", eps, 0.0, math.inf)
     check_backend(backend, logits.device)
     form = check_form(logits, targets, background, ignore_index)
-    negatives, positives = classify(targets, form, box_errors)
+    negatives, positives = classify(targets, form, box_errors, backend)
     settings = _Settings(delta, eps, backend)
     return ALRPLossOutput(*_ALRPLoss.apply(logits, box_errors, negatives, positives, settings))

@@ -12,12 +12,12 @@ choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)`
   and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
 * ``below_rows(rows, weights, backend)``: the transpose of the last, g_k = sum of w_i over s_i <= s_k, float64 ``(P,)``.
 * ``alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype, backend)``: what aLRP Loss makes of its
-  sums (:func:`alrp_triton.formulas.alrp`), ``among`` being that of ``among_rows``, and ``order`` the place of each row in
-  the input. Both losses, 0-d, and the ranks in the order of the input, ``(P,)``, in ``dtype``; and float64 ``(3, P)``:
-  each row's own gradient, its share for a false positive, and 1 / rank, all divided by P.
-* ``classify(targets, num_classes, background, ignore_index, count)``: bool mask of the negatives ``(N,)``, int64 flat
-  indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how many
-  values that mean nothing (or just not 0). If the number of positives is not ``count``, the indices mean nothing.
+  sums (:func:`alrp_triton.formulas.alrp`). ``among`` is that of ``among_rows``, ``order`` the place of each row in the
+  input. Both losses, 0-d, and the ranks in the order of the input, ``(P,)``, in ``dtype``; and float64 ``(3, P)``: each
+  row's own gradient, its share for a false positive, and 1 / rank, all divided by P.
+* ``classify(targets, num_classes, background, ignore_index, count, backend)``: bool mask of the negatives ``(N,)``,
+  int64 flat indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how
+  many values that mean nothing (or just not 0). If there are not ``count`` positives, the indices mean nothing.
 
 A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and ``below_rows`` and, in
 what contains v, a value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own
@@ -141,11 +141,10 @@ def _alrp_terms(
 
 
 def _classify(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    on_gpu = targets.device.type == "cuda" and _HAS_TRITON and targets.numel() > 0
-    module = _module("triton_targets" if on_gpu else "torch_targets")
-    return module.classify(targets, num_classes, background, ignore_index, count)
+    kind = "torch" if targets.numel() == 0 else resolve(backend, targets.device.type, 1, 1).partition("_")[0]
+    return _module(f"{kind}_targets").classify(targets, num_classes, background, ignore_index, count)
 
 
 def _matvec_fake(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
@@ -181,7 +180,7 @@ def _alrp_terms_fake(
 
 
 def _classify_fake(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     negatives = targets.new_empty(targets.numel() * (num_classes or 1), dtype=torch.bool)
     return negatives, targets.new_empty(count, dtype=torch.int64), targets.new_empty(2, dtype=torch.int64)
@@ -204,7 +203,7 @@ for _signature, _kernel, _fake in (
         _alrp_terms_fake,
     ),
     (
-        "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count)"
+        "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count, str backend)"
         " -> (Tensor, Tensor, Tensor)",
         _classify,
         _classify_fake,

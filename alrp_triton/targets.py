@@ -56,7 +56,9 @@ def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_i
     return TargetForm(num_classes, background, int(ignore_index))
 
 
-def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Tensor, Tensor]:
+def classify(
+    targets: Tensor, form: TargetForm, box_errors: Tensor, backend: operators.Backend
+) -> tuple[Tensor, Tensor]:
     """Mask of the negatives, bool ``(N,)``, and flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
     P is the number of ``box_errors``.
@@ -73,7 +75,7 @@ def classify(targets: Tensor, form: TargetForm, box_errors: Tensor) -> tuple[Ten
             f"class-index targets must be a class from 0 to {classes - 1}, {form.background} (background) or "
             f"{form.ignore_index} (ignored)"
         )
-    negatives, positives, status = operators.classify(targets, *form, count)
+    negatives, positives, status = operators.classify(targets, *form, count, backend)
     found, bad = status if status.device.type == "cuda" else status.tolist()
 
     def bad_values() -> ValueError:

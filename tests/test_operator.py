@@ -231,11 +231,19 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
         torch.library.opcheck(
             torch.ops.alrp_triton.rmatvec, (rows, rows, columns, keep, delta, backend), test_utils=tests
         )
+    among, order = torch.rand(3, 12, dtype=torch.float64, device=device), torch.randperm(12, device=device)
+    of_losses = (rows.abs(), among, among[0], order, 0.5, 1e-5, torch.float32, backend)
+    torch.library.opcheck(torch.ops.alrp_triton.alrp_terms, of_losses, test_utils=tests)
+    for targets, classes in ((mask.long(), None), (torch.arange(5, device=device), 4)):
+        count = int(mask.sum()) if classes is None else 4
+        torch.library.opcheck(
+            torch.ops.alrp_triton.classify, (targets, classes, 4, -1, count, backend), test_utils=tests
+        )
 
 
-def test_auto_is_torch_on_the_cpu() -> None:
+def test_auto_on_the_cpu_is_numba() -> None:
     rows, columns, _ = draw(12, 100, torch.float32, "cpu")
-    auto, named = (ComparisonMatrix(rows, columns, backend=b).matvec() for b in ("auto", "torch"))
+    auto, named = (ComparisonMatrix(rows, columns, backend=b).matvec() for b in ("auto", "numba"))
     assert torch.equal(auto, named)
     assert np.isfinite(as_numpy(auto)).all()
 

@@ -1,4 +1,4 @@
-"""Targets read by Triton's kernels and by torch operations, against a loop over values."""
+"""Targets read by Triton's kernels, by numba and by torch operations, against a loop over values."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton.backends import torch_targets
+from alrp_triton import operators
 
 Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-@pytest.fixture(params=["torch_targets", "triton_targets"])
-def classify(request: pytest.FixtureRequest) -> Classify:
-    if request.param == "torch_targets":
-        return torch_targets.classify
-    from alrp_triton.backends import triton_targets
-
-    return triton_targets.classify
+@pytest.fixture(params=["torch_targets", "numba_targets", "triton_targets"])
+def classify(request: pytest.FixtureRequest, device: str) -> Classify:
+    if request.param == "numba_targets" and device != "cpu":
+        pytest.skip("numba reads targets on a CPU")
+    return operators._module(request.param).classify  # pyright: ignore[reportPrivateUsage]
 
 
 def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) -> tuple[list[bool], list[int], int]:

@@ -19,12 +19,18 @@ def alrp_terms(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses, ranks and what the gradients are made of; contract in :mod:`alrp_triton.operators`."""
-    negative, above, errors = as_array(false_positives), as_array(among), as_array(box_errors)
-    rank, classification, localisation, error, share = formulas.alrp(negative, *above, errors, at_zero, eps, np.where)
-    count = max(len(rank), 1)
+    sums, errors = as_array(false_positives), as_array(box_errors)
+    above, box_above, ranked = as_array(among)
+    rank, classification, localisation, error, share = formulas.alrp(
+        sums, above, box_above, ranked, errors, at_zero, eps, np.where
+    )
+    count, device = max(len(rank), 1), false_positives.device
     as_given = np.empty_like(rank)
     as_given[as_array(order)] = rank
     update = np.stack([-error, share, 1 / rank]) / count
-    losses = (torch.tensor(terms.sum() / count, dtype=dtype) for terms in (classification, localisation))
-    results = *losses, torch.from_numpy(as_given).to(dtype), torch.from_numpy(update)
-    return results if false_positives.is_cpu else tuple(result.to(false_positives.device) for result in results)
+    return (
+        torch.tensor(classification.sum() / count, dtype=dtype, device=device),
+        torch.tensor(localisation.sum() / count, dtype=dtype, device=device),
+        torch.from_numpy(as_given).to(device, dtype),
+        torch.from_numpy(update).to(device),
+    )

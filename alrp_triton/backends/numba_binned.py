@@ -178,7 +178,8 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     size = _block_size(columns.numel())
     working = working_dtype(columns)
     knots = make_knots(as_array(rows), delta, working)
-    grid = make_grid(knots, min(columns.numel(), size), rows.device)
+    # Each block folds all cells, of which make_grid takes a fraction of the columns: one or less for each of the block.
+    grid = make_grid(knots, min(columns.numel(), 4 * size), rows.device)
     if grid is None:
         return torch_binned.matvec(rows, columns, weights, delta)
     search = _search_arguments(grid)

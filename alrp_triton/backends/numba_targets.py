@@ -1,0 +1,88 @@
+"""Targets read in one pass by numba: mask of the negatives, indices of the positives, and what is wrong."""
+
+# numba has no types, and what it compiles is not called as Python.
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import threads
+from .numba_dense import jit
+
+_STRIP = 1024
+_LEAST = 1 << 16  # targets a thread
+
+
+@jit
+def _dense(targets, signed, negatives, positives, status, first):
+    """Targets from number ``first`` on, one for each logit; their positives to the front of ``positives``."""
+    found = bad = 0
+    for begin in range(0, len(targets), _STRIP):
+        t, negative = targets[begin : begin + _STRIP], negatives[begin : begin + _STRIP]
+        marked = known = 0
+        for j in range(len(t)):  # without a branch, so that it becomes vector instructions
+            zero, one = t[j] == 0, t[j] == 1
+            negative[j] = zero
+            marked += one
+            # -1 would wrap around to the largest value of an unsigned dtype
+            known += zero | one | (signed & (t[j] == -1))
+        bad += len(t) - known
+        if marked:
+            for j in range(len(t)):
+                if t[j] == 1:
+                    if found < len(positives):
+                        positives[found] = first + begin + j
+                    found += 1
+    status[0], status[1] = found, bad
+
+
+@jit
+def _indices(targets, signed, classes, background, ignore_index, negatives, positives, status, first):
+    """Class indices of the anchors from number ``first`` on; negatives ``(anchors, classes)``."""
+    found = bad = 0
+    for j in range(len(targets)):
+        t = targets[j]
+        nothing = ((t == background) | (t == ignore_index)) & (signed | (t >= 0))  # below 0 was a uint64 too large
+        inside = (t >= 0) & (t < classes)
+        negatives[j] = t != ignore_index
+        bad += not (inside | nothing)
+        if inside and not nothing:
+            negatives[j, t] = False
+            if found < len(positives):
+                positives[found] = (first + j) * classes + t
+            found += 1
+    status[0], status[1] = found, bad
+
+
+def classify(
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
+    signed, targets = targets.dtype.is_signed, targets.reshape(-1)
+    if num_classes is not None:
+        targets = targets.long()  # a number of classes would wrap around in a narrow dtype
+    elif targets.dtype in (torch.float16, torch.bfloat16):  # which numba does not know
+        targets = targets.float()
+    t = (targets.view(torch.uint8) if targets.dtype == torch.bool else targets).numpy()
+    negatives = np.empty(len(t) if num_classes is None else (len(t), num_classes), np.bool_)
+    parts = max(min(torch.get_num_threads(), negatives.size // _LEAST), 1)
+    places, status = np.empty((parts, count), np.int64), np.empty((parts, 2), np.int64)
+    bounds = [len(t) * part // parts for part in range(parts + 1)]
+
+    def task(part: int) -> None:
+        here = slice(bounds[part], bounds[part + 1])
+        results = negatives[here], places[part], status[part], here.start
+        if num_classes is None:
+            _dense(t[here], signed, *results)
+        else:
+            _indices(t[here], signed, num_classes, background, ignore_index, *results)
+
+    threads.run([partial(task, part) for part in range(parts)])
+    found = status.sum(0)
+    positives = np.concatenate([place[:n] for place, n in zip(places, status[:, 0], strict=True)])
+    if found[0] != count:
+        positives = np.zeros(count, np.int64)
+    return torch.from_numpy(negatives).view(-1), torch.from_numpy(positives), torch.from_numpy(found)
