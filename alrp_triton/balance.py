@@ -1,4 +1,4 @@
-"""Self-balancing of the two parts of aLRP Loss."""
+"""Self-balancing of the classification and the box part of a loss."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_integer, check_number, check_tensor
+
+
+def _check_losses(**losses: Tensor) -> None:
+    for name, loss in losses.items():
+        check_tensor(name, loss, "floating")
+        if loss.ndim != 0:
+            raise ValueError(f"{name} must be 0-d, got shape {tuple(loss.shape)}")
+
+
+def balance_by_value(classification: Tensor, box: Tensor) -> Tensor:
+    """The box loss, weighted so that in this very step it is worth as much as the classification loss.
+
+    The self-balancing of Rank & Sort Loss: the weight is ``classification / box``, taken as a constant, so the value of
+    the result is that of ``classification`` and its gradient goes to ``box``. No step waits for the device. Where the
+    ratio is no number to weigh with (``box`` is 0, or one of the two is not finite) the weight is 1, so nothing is
+    divided by zero, and NaN in ``box`` stays to be seen.
+
+    Args:
+        classification: 0-d, floating; ``ranking + sorting`` of :func:`alrp_triton.rank_sort_loss`.
+        box: 0-d, floating; the box loss, such as the mean of 1 - GIoU over the positives.
+
+    Returns:
+        0-d, differentiable in ``box``.
+
+    Raises:
+        TypeError, ValueError: losses that are not 0-d floating tensors.
+
+    Reference: Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021, Section 4.3.
+    """
+    _check_losses(classification=classification, box=box)
+    with torch.no_grad():
+        weight = classification.detach() / box.detach()
+        weight = torch.where(weight.isfinite(), weight, 1.0)
+    return box * weight
 
 
 class SelfBalance(nn.Module):
@@ -48,10 +82,7 @@ class SelfBalance(nn.Module):
 
     def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
         """Record both raw losses (0-d); return the weighted localisation loss, differentiable in ``localisation``."""
-        for name, loss in (("classification", classification), ("localisation", localisation)):
-            check_tensor(name, loss, "floating")
-            if loss.ndim != 0:
-                raise ValueError(f"{name} must be 0-d, got shape {tuple(loss.shape)}")
+        _check_losses(classification=classification, localisation=localisation)
         if self.training:
             self._record(classification.detach(), localisation.detach())
         # A copy: the next step changes the buffer, and this step's backward may still be to come.

@@ -70,6 +70,12 @@ def check_integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def check_delta(delta: object) -> float:
     """Delta as a float. TypeError or ValueError unless it is 0 or a number that float32 can divide by."""
     number = check_number("delta", delta, 0.0, math.inf)

@@ -156,5 +156,35 @@ class ComparisonMatrix:
         self._check_row_vector("w", w)
         return self._from_sorted(operators.below_rows(self._rows, self._to_sorted(w), self.backend))
 
+    def among_grades(self, grades: Tensor) -> Tensor:
+        """The rows compared among themselves, apart by a second order, as Rank & Sort Loss needs it.
+
+        Args:
+            grades: floats t ``(P,)``, in the order of ``rows``: the IoUs of the positives.
+
+        Returns:
+            float64 ``(4, P)``, in the order of ``rows``: for each row i the sums of h(s_k - s_i) and of
+            h(s_k - s_i) (1 - t_k) over the rows k of t_k >= t_i, with itself; then over those of t_k < t_i. Pair by
+            pair, in blocks: O(P^2) work, O(P) memory.
+        """
+        self._check_row_vector("grades", grades)
+        return self._from_sorted(operators.among_grades(self._rows, self._to_sorted(grades), self.delta, self.backend))
+
+    def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
+        """The transpose of the third of :meth:`among_grades`.
+
+        Args:
+            grades: as there.
+            w: floats ``(P,)``, in the order of ``rows``.
+
+        Returns:
+            float64 ``(P,)``, in the order of ``rows``: for each row k the sum of h(s_k - s_i) w_i over the rows i of
+            t_i > t_k.
+        """
+        self._check_row_vector("grades", grades)
+        self._check_row_vector("w", w)
+        t, weights = self._to_sorted(grades), self._to_sorted(w)
+        return self._from_sorted(operators.below_grades(self._rows, t, weights, self.delta, self.backend))
+
     def __repr__(self) -> str:
         return f"ComparisonMatrix({self.shape[0]} x {self.shape[1]}, {describe(self.columns)}, delta={self.delta})"

@@ -1,20 +1,21 @@
-"""Ranking losses as functions: check the input, apply the comparison matrix, combine, define the gradient."""
+"""Ranking losses as functions: check the input, classify the targets, apply."""
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from . import operators
-from .checks import check_delta, check_number, check_same_device, check_tensor
-from .comparison import ComparisonMatrix
+from . import autograd
+from .autograd import Formula, RankingLoss, Settings
+from .checks import check_bool, check_delta, check_integer, check_number, check_same_device, check_tensor
 from .operators import Backend, check_backend
 from .targets import IGNORE_INDEX, check_form, classify
 
 DELTA = 1.0
 EPS = 1e-5
+DELTA_RS = 0.5
+EPS_RS = 1e-10
 
 
 class ALRPLossOutput(NamedTuple):
@@ -30,78 +31,27 @@ class ALRPLossOutput(NamedTuple):
     """``(P,)`` int64; ascending, stable argsort of the positives' logits. Not differentiable."""
 
 
-class _Settings(NamedTuple):
-    delta: float
-    eps: float
-    backend: Backend
+class RankSortLossOutput(NamedTuple):
+    """What :func:`rank_sort_loss` returns. The loss of the classification branch is ``ranking + sorting``."""
+
+    ranking: Tensor
+    """0-d; mean ranking error, 1 - precision, in [0, 1]. Differentiable in ``logits``."""
+    sorting: Tensor
+    """0-d; mean sorting error, in [0, 1]. Differentiable in ``logits``."""
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on a gradient; differentiating it raises. ``cause`` ties the gradient to what it was made from."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, *cause: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Any:
-        raise RuntimeError(
-            "alrp_loss has no second derivative: its gradient is the error-driven update of the paper and not the "
-            "derivative of a function. Leave the loss out of terms that differentiate gradients (gradient penalties)."
-        )
+def _settings(logits: Tensor, formula: Formula, delta: float, eps: float, backend: Backend) -> Settings:
+    check_backend(backend, logits.device)
+    return Settings(formula, check_delta(delta), check_number("eps", eps, 0.0, math.inf), backend)
 
 
-class _ALRPLoss(torch.autograd.Function):
-    """Forward and error-driven backward of aLRP Loss; saves its inputs, the mask and O(P) numbers.
-
-    Inside, all that belongs to the positives is in ascending order of their scores.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, box_errors: Tensor, negatives: Tensor, positives: Tensor, settings: _Settings
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        delta, eps, backend = settings
-        flat = logits.reshape(-1)
-        scores, order = flat.index_select(0, positives).double().sort(stable=True)
-        errors = box_errors.double().index_select(0, order)
-        # Rows: the positives. Columns: the negatives among all logits; then the positives themselves.
-        matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
-        dtype = torch.promote_types(torch.promote_types(logits.dtype, box_errors.dtype), torch.float32)
-        classification, localisation, rank, update = operators.alrp_terms(
-            matrix.matvec(), matrix.among_rows(errors), errors, order, matrix.at_zero, eps, dtype, backend
-        )
-        ctx.settings = settings
-        ctx.save_for_backward(logits, box_errors, negatives, scores, order, positives.index_select(0, order), update)
-        ctx.set_materialize_grads(False)
-        wanted = zip(ctx.needs_input_grad[:2], (classification, localisation), strict=True)
-        ctx.mark_non_differentiable(rank, order, *(loss for needed, loss in wanted if not needed))
-        return classification, localisation, rank, order
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_classification, grad_localisation = grad_outputs[:2]
-        delta, _, backend = ctx.settings
-        logits, box_errors, negatives, scores, order, positives, update = ctx.saved_tensors
-        of_positive, of_false_positive, of_rank = update
-        grad_logits = grad_errors = None
-        with torch.no_grad():
-            flat = logits.reshape(-1)
-            matrix = ComparisonMatrix(scores, flat, mask=negatives, delta=delta, backend=backend, ascending=True)
-            # The update of Theorem 1: each positive has an error, and shares it among the negatives that outrank it.
-            if ctx.needs_input_grad[0] and grad_classification is not None:
-                grad_logits = matrix.rmatvec(of_false_positive * grad_classification)
-                grad_logits.index_copy_(0, positives, (of_positive * grad_classification).to(logits.dtype))
-                grad_logits = grad_logits.reshape(logits.shape)
-            if ctx.needs_input_grad[1] and grad_localisation is not None:
-                grads = matrix.below_rows(of_rank * grad_localisation).to(box_errors.dtype)
-                grad_errors = torch.empty_like(grads).index_copy_(0, order, grads)
-        if torch.is_grad_enabled():  # create_graph=True
-            cause = [t for t in (logits, box_errors, *grad_outputs[:2]) if t is not None and t.requires_grad]
-            grad_logits, grad_errors = (
-                None if g is None else _NoSecondDerivative.apply(g, *cause) for g in (grad_logits, grad_errors)
-            )
-        return grad_logits, grad_errors, None, None, None
+def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
+    """Logits, and values of the positives."""
+    check_tensor("logits", logits, "floating")
+    check_tensor(name, values, "floating")
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have shape (P,), one value for each positive, got {tuple(values.shape)}")
+    check_same_device(logits=logits, **{name: values})
 
 
 def alrp_loss(
@@ -175,14 +125,150 @@ def alrp_loss(
         Oksuz, Cam, Akbas, Kalkan: "A Ranking-based, Balanced Loss Function Unifying Classification and Localisation in
         Object Detection", NeurIPS 2020, arXiv:2009.13592; Section 4, Theorems 1 and 2.
     """
-    check_tensor("logits", logits, "floating")
-    check_tensor("box_errors", box_errors, "floating")
-    if box_errors.ndim != 1:
-        raise ValueError(f"box_errors must have shape (P,), one value for each positive, got {tuple(box_errors.shape)}")
-    check_same_device(logits=logits, box_errors=box_errors)
-    delta, eps = check_delta(delta), check_number("eps", eps, 0.0, math.inf)
-    check_backend(backend, logits.device)
+    _check_logits_and("box_errors", logits, box_errors)
+    settings = _settings(logits, autograd.alrp, delta, eps, backend)
     form = check_form(logits, targets, background, ignore_index)
-    negatives, positives = classify(targets, form, box_errors, backend)
-    settings = _Settings(delta, eps, backend)
-    return ALRPLossOutput(*_ALRPLoss.apply(logits, box_errors, negatives, positives, settings))
+    negatives, positives = classify(targets, form, box_errors.numel(), "box_errors", backend)
+    return ALRPLossOutput(*RankingLoss.apply(logits, box_errors, negatives, positives, settings))
+
+
+def ap_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    interpolate: bool = True,
+    delta: float = DELTA,
+    num_positives: int | None = None,
+    background: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Average Precision Loss over all anchors and classes of a batch: 1 - AP.
+
+    With the step h of half-width delta, H_ij = h(s_j - s_i), for each positive i, over negatives j and positives k::
+
+        FP_i        = sum_j H_ij
+        precision_i = (1 + sum_{k != i} H_ik) / (1 + sum_{k != i} H_ik + FP_i)
+        loss        = mean_i (1 - precision_i)
+
+    With ``interpolate`` precision_i is the greatest precision of the positives that do not score higher than i.
+
+    The gradient is **the error-driven update** of the paper, scaled by the incoming gradient, and not the derivative of
+    the value: a positive is pulled up by its error e_i = 1 - precision_i, and each negative j that outranks it is
+    pushed down by H_ij e_i / FP_i. Where interpolation raises the precision, that is the published weight:
+    H_ij / rank_i times (1 - greatest precision) / (1 - precision_i). A positive of precision 1 causes no gradient.
+
+    Args:
+        logits: as for :func:`alrp_loss`.
+        targets: as for :func:`alrp_loss`, in either form.
+        interpolate: whether precision is interpolated, as published.
+        delta: half-width of the step; 0 (a hard step) or in [2**-126, 2**125].
+        num_positives: the number of positives, if the caller knows it. Without it targets are read twice, and on a GPU
+            the host waits for it.
+        background: the class index that stands for background; default C.
+        ignore_index: the class index that stands for an ignored anchor.
+        backend: as for :func:`alrp_loss`.
+
+    Returns:
+        0-d, in the wider dtype of logits and float32; in [0, 1].
+
+    Defined behaviour: that of the classification part of :func:`alrp_loss`: no positives, no negatives, ties, values
+    that are not finite, second derivatives.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: as :func:`alrp_loss`; ``num_positives`` that is not the number of positives (on a GPU an
+            asynchronous device assertion).
+
+    Reference:
+        Chen, Li, Lin, See, Wang, Duan, Chen, He, Zou: "Towards Accurate One-Stage Object Detection with AP-Loss",
+        CVPR 2019, arXiv:1904.06373; Sections 3.2 to 3.4. Interpolation: the published implementation.
+    """
+    check_tensor("logits", logits, "floating")
+    check_bool("interpolate", interpolate)
+    if num_positives is not None:
+        num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
+    settings = _settings(logits, partial(autograd.ap, interpolate=interpolate), delta, 0.0, backend)
+    form = check_form(logits, targets, background, ignore_index)
+    negatives, positives = classify(targets, form, num_positives, "num_positives", backend)
+    nothing = logits.new_zeros(positives.numel())
+    return RankingLoss.apply(logits, nothing, negatives, positives, settings)[0]
+
+
+def rank_sort_loss(
+    logits: Tensor,
+    targets: Tensor,
+    ious: Tensor | None = None,
+    *,
+    delta: float = DELTA_RS,
+    eps: float = EPS_RS,
+    num_positives: int | None = None,
+    background: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    backend: Backend = "auto",
+) -> RankSortLossOutput:
+    r"""Rank & Sort Loss over all anchors and classes of a batch.
+
+    It ranks positives above negatives, and sorts positives by their IoUs t. With the step h of half-width delta,
+    H_ij = h(s_j - s_i), for each positive i, over negatives j and all positives k, i itself included::
+
+        FP_i      = sum_j H_ij
+        ranking_i = FP_i / (sum_k H_ik + FP_i)
+        sorting_i = mean of 1 - t_k over k weighed by H_ik, less the same over those of t_k >= t_i
+        ranking, sorting = their means over i
+
+    The gradient is **the error-driven update** of the paper and not the derivative of the values. Of the ranking error:
+    a positive of FP_i > eps is pulled up by ranking_i, the negatives that outrank it are pushed down by
+    H_ij ranking_i / FP_i. Of the sorting error: a positive is pulled up by sorting_i, the positives of lower IoU that
+    outrank it are pushed down by H_ik / sum H_ik of it. **The incoming gradients of both results are honoured**: that
+    of ``ranking`` scales the first update, that of ``sorting`` the second. The published code scales both by that of
+    the ranking error; for ``(ranking + sorting).backward()`` there is no difference.
+
+    Args:
+        logits: as for :func:`alrp_loss`.
+        targets: with ``ious`` as for :func:`alrp_loss`, in either form. Without, the shape of ``logits``: the IoU of a
+            positive, in (0, 1], 0 for negatives, -1 for ignored. A positive whose IoU is 0 needs the other form.
+        ious: IoUs of the positives with their ground truth, ``(P,)``, in the order of their flat index, floating; in
+            [0, 1]. Labels: they get no gradient.
+        delta: half-width of the step; 0 (a hard step) or in [2**-126, 2**125].
+        eps: a positive with no more false positives than that causes no gradient of the ranking error; with no more
+            missorted positives (sum of H_ik over those of lower IoU), none of the sorting error.
+        num_positives: the number of positives, if the caller knows it and does not pass ``ious``. Without either,
+            targets are read twice, and on a GPU the host waits for it.
+        background: the class index that stands for background; default C.
+        ignore_index: the class index that stands for an ignored anchor.
+        backend: as for :func:`alrp_loss`.
+
+    Returns:
+        RankSortLossOutput: ``ranking`` and ``sorting``, 0-d, in the widest dtype of logits, IoUs and float32.
+
+    Positives are compared with positives pair by pair: O(P^2) work, in blocks of O(P) memory.
+
+    Defined behaviour: that of :func:`alrp_loss` for no positives, no negatives, ties and second derivatives. NaN in a
+    negative's logit makes ``ranking`` NaN and all gradients that come of it; a positive's logit that is not finite, and
+    an IoU that is not, make ``sorting`` NaN, too.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: as :func:`alrp_loss`, with ``ious`` in place of the box errors; ``num_positives`` beside ``ious``,
+            or not the number of positives.
+
+    Reference:
+        Oksuz, Cam, Akbas, Kalkan: "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021,
+        arXiv:2107.11669; Section 4, Equations 3 to 9.
+    """
+    check_tensor("logits", logits, "floating")
+    if ious is not None:
+        _check_logits_and("ious", logits, ious)
+        if num_positives is not None:
+            raise ValueError(f"num_positives must not be given beside ious, which tell it; got {num_positives}")
+    elif num_positives is not None:
+        num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
+    settings = _settings(logits, autograd.rank_sort, delta, eps, backend)
+    form = check_form(logits, targets, background, ignore_index, graded=ious is None)
+    known = (num_positives, "num_positives") if ious is None else (ious.numel(), "ious")
+    negatives, positives = classify(targets, form, *known, backend)
+    if ious is None:
+        picked = targets.reshape(-1).index_select(0, positives)
+        ious = picked if picked.is_floating_point() else picked.float()
+    return RankSortLossOutput(*RankingLoss.apply(logits, ious.detach(), negatives, positives, settings)[:2])

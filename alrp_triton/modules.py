@@ -4,13 +4,40 @@ import math
 
 from torch import Tensor, nn
 
-from .checks import check_delta, check_number
-from .functional import DELTA, EPS, ALRPLossOutput, alrp_loss
+from .checks import check_bool, check_delta, check_number
+from .functional import (
+    DELTA,
+    DELTA_RS,
+    EPS,
+    EPS_RS,
+    ALRPLossOutput,
+    RankSortLossOutput,
+    alrp_loss,
+    ap_loss,
+    rank_sort_loss,
+)
 from .operators import Backend, check_backend_name
 from .targets import IGNORE_INDEX, check_indices
 
 
-class ALRPLoss(nn.Module):
+class _RankingLoss(nn.Module):
+    """What all losses of the family are set up with."""
+
+    def __init__(self, delta: float, background: int | None, ignore_index: int, backend: Backend) -> None:
+        super().__init__()
+        check_indices(background, ignore_index)
+        check_backend_name(backend)
+        self.delta = check_delta(delta)
+        self.background = background
+        self.ignore_index = ignore_index
+        self.backend: Backend = backend
+
+    def extra_repr(self) -> str:
+        settings = ("interpolate", "delta", "eps", "background", "ignore_index", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings if hasattr(self, name))
+
+
+class ALRPLoss(_RankingLoss):
     """Module over :func:`alrp_triton.alrp_loss`; see there for arguments, results, errors and the reference.
 
     Example::
@@ -31,14 +58,8 @@ class ALRPLoss(nn.Module):
         ignore_index: int = IGNORE_INDEX,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
-        check_indices(background, ignore_index)
-        check_backend_name(backend)
-        self.delta = check_delta(delta)
+        super().__init__(delta, background, ignore_index, backend)
         self.eps = check_number("eps", eps, 0.0, math.inf)
-        self.background = background
-        self.ignore_index = ignore_index
-        self.backend: Backend = backend
 
     def forward(self, logits: Tensor, targets: Tensor, box_errors: Tensor) -> ALRPLossOutput:
         """See :func:`alrp_triton.alrp_loss`."""
@@ -53,8 +74,80 @@ class ALRPLoss(nn.Module):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"delta={self.delta}, eps={self.eps}, background={self.background}, ignore_index={self.ignore_index}, "
-            f"backend={self.backend!r}"
+
+class APLoss(_RankingLoss):
+    """Module over :func:`alrp_triton.ap_loss`; see there for arguments, results, errors and the reference.
+
+    Example::
+
+        criterion = APLoss()
+        ...
+        loss = criterion(logits, targets) + box_weight * box_loss
+    """
+
+    def __init__(
+        self,
+        *,
+        interpolate: bool = True,
+        delta: float = DELTA,
+        background: int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(delta, background, ignore_index, backend)
+        check_bool("interpolate", interpolate)
+        self.interpolate = interpolate
+
+    def forward(self, logits: Tensor, targets: Tensor, *, num_positives: int | None = None) -> Tensor:
+        """See :func:`alrp_triton.ap_loss`."""
+        return ap_loss(
+            logits,
+            targets,
+            interpolate=self.interpolate,
+            delta=self.delta,
+            num_positives=num_positives,
+            background=self.background,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
+
+class RankSortLoss(_RankingLoss):
+    """Module over :func:`alrp_triton.rank_sort_loss`; see there for arguments, results, errors and the reference.
+
+    Example::
+
+        criterion = RankSortLoss()
+        ...
+        out = criterion(logits, targets, ious)
+        loss = out.ranking + out.sorting
+        loss = loss + balance_by_value(loss, box_loss)
+    """
+
+    def __init__(
+        self,
+        *,
+        delta: float = DELTA_RS,
+        eps: float = EPS_RS,
+        background: int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(delta, background, ignore_index, backend)
+        self.eps = check_number("eps", eps, 0.0, math.inf)
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, ious: Tensor | None = None, *, num_positives: int | None = None
+    ) -> RankSortLossOutput:
+        """See :func:`alrp_triton.rank_sort_loss`."""
+        return rank_sort_loss(
+            logits,
+            targets,
+            ious,
+            delta=self.delta,
+            eps=self.eps,
+            num_positives=num_positives,
+            background=self.background,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
         )

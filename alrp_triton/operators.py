@@ -11,13 +11,22 @@ choice by device is torch's. ``rows`` are the positives' scores, float64 ``(P,)`
 * ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v,
   and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
 * ``below_rows(rows, weights, backend)``: the transpose of the last, g_k = sum of w_i over s_i <= s_k, float64 ``(P,)``.
-* ``alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype, backend)``: what aLRP Loss makes of its
-  sums (:func:`alrp_triton.formulas.alrp`). ``among`` is that of ``among_rows``, ``order`` the place of each row in the
-  input. Both losses, 0-d, and the ranks in the order of the input, ``(P,)``, in ``dtype``; and float64 ``(3, P)``: each
-  row's own gradient, its share for a false positive, and 1 / rank, all divided by P.
-* ``classify(targets, num_classes, background, ignore_index, count, backend)``: bool mask of the negatives ``(N,)``,
-  int64 flat indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there are, and how
-  many values that mean nothing (or just not 0). If there are not ``count`` positives, the indices mean nothing.
+* ``among_grades(rows, grades, delta, backend)``: the same with a second order, ``grades`` t, float64 ``(P,)``: float64
+  ``(4, P)``; for each row i the sums of H_ik and of H_ik (1 - t_k) over the rows of t_k >= t_i, and over those of
+  t_k < t_i. Pair by pair: O(P^2) work, O(P) memory.
+* ``below_grades(rows, grades, weights, delta, backend)``: the transpose of the third, g_k = sum of H_ik w_i over the
+  rows of t_i > t_k, float64 ``(P,)``.
+* ``alrp_terms``, ``ap_terms``, ``rank_sort_terms``: what a loss makes of its sums (:mod:`alrp_triton.formulas`), given
+  ``false_positives``, float64 ``(P,)``, and what ``among_rows`` (its first row for ``ap_terms``) or ``among_grades``
+  return. The losses, 0-d, in ``dtype``; for ``alrp_terms`` also the ranks, in the order of the input, which ``order``
+  tells; and what the gradients are made of, float64, a row each, divided by P:
+  alrp: each positive's own gradient, its share for a false positive, 1 / rank;
+  ap: own, share;
+  rank_sort: own and share of the ranking error, own and share (for a missorted positive) of the sorting error.
+* ``classify(targets, num_classes, background, ignore_index, graded, count, backend)``: bool mask of the negatives
+  ``(N,)``, int64 flat indices ``(count,)`` of the positives, ascending, and int64 ``(2,)``: how many positives there
+  are, and how many values that mean nothing (or just not 0). If there are not ``count`` positives, the indices mean
+  nothing. ``graded``: dense targets are positive not only at 1 but from 0 to ``formulas.MOST_GRADE``.
 
 A row that is not finite makes every result NaN that counts; so do a weight of ``rmatvec`` and ``below_rows`` and, in
 what contains v, a value of ``among_rows``. A column that counts and is NaN makes ``matvec`` NaN; in ``rmatvec`` its own
@@ -125,6 +134,27 @@ def _below_rows(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
     return torch.zeros_like(rows) if rows.numel() == 0 else _of_rows(rows, backend).below_rows(rows, weights)
 
 
+def _family(backend: str, like: Tensor) -> str:
+    """torch, numba or triton, for what each of them does in one way only."""
+    return resolve(backend, like.device.type, 1, 1).partition("_")[0]
+
+
+def _among_grades(rows: Tensor, grades: Tensor, delta: float, backend: str) -> Tensor:
+    if rows.numel() == 0:
+        return rows.new_zeros(4, 0)
+    return _module(f"{_family(backend, rows)}_graded").among_grades(rows, grades, delta)
+
+
+def _below_grades(rows: Tensor, grades: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
+    if rows.numel() == 0:
+        return torch.zeros_like(rows)
+    return _module(f"{_family(backend, rows)}_graded").below_grades(rows, grades, weights, delta)
+
+
+def _losses(backend: str, like: Tensor) -> ModuleType:
+    return _module("triton_losses" if _family(backend, like) == "triton" else "losses")
+
+
 def _alrp_terms(
     false_positives: Tensor,
     among: Tensor,
@@ -135,16 +165,37 @@ def _alrp_terms(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    in_triton = resolve(backend, false_positives.device.type, 1, 1).startswith("triton")
-    module = _module("triton_losses" if in_triton else "losses")
-    return module.alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype)
+    return _losses(backend, among).alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype)
+
+
+def _ap_terms(
+    false_positives: Tensor,
+    positives_above: Tensor,
+    at_zero: float,
+    interpolate: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _losses(backend, positives_above).ap_terms(false_positives, positives_above, at_zero, interpolate, dtype)
+
+
+def _rank_sort_terms(
+    false_positives: Tensor, among: Tensor, eps: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _losses(backend, among).rank_sort_terms(false_positives, among, eps, dtype)
 
 
 def _classify(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int, backend: str
+    targets: Tensor,
+    num_classes: int | None,
+    background: int,
+    ignore_index: int,
+    graded: bool,
+    count: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = "torch" if targets.numel() == 0 else resolve(backend, targets.device.type, 1, 1).partition("_")[0]
-    return _module(f"{kind}_targets").classify(targets, num_classes, background, ignore_index, count)
+    module = _module(f"{'torch' if targets.numel() == 0 else _family(backend, targets)}_targets")
+    return module.classify(targets, num_classes, background, ignore_index, graded, count)
 
 
 def _matvec_fake(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float, backend: str) -> Tensor:
@@ -165,6 +216,14 @@ def _below_rows_fake(rows: Tensor, weights: Tensor, backend: str) -> Tensor:
     return torch.empty_like(rows)
 
 
+def _among_grades_fake(rows: Tensor, grades: Tensor, delta: float, backend: str) -> Tensor:
+    return rows.new_empty(4, rows.numel())
+
+
+def _below_grades_fake(rows: Tensor, grades: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
+    return torch.empty_like(rows)
+
+
 def _alrp_terms_fake(
     false_positives: Tensor,
     among: Tensor,
@@ -179,36 +238,61 @@ def _alrp_terms_fake(
     return loss, torch.empty_like(loss), rank, torch.empty_like(among)
 
 
+def _ap_terms_fake(
+    false_positives: Tensor,
+    positives_above: Tensor,
+    at_zero: float,
+    interpolate: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return false_positives.new_empty((), dtype=dtype), false_positives.new_empty(2, false_positives.numel())
+
+
+def _rank_sort_terms_fake(
+    false_positives: Tensor, among: Tensor, eps: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = false_positives.new_empty((), dtype=dtype)
+    return loss, torch.empty_like(loss), torch.empty_like(among)
+
+
 def _classify_fake(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int, backend: str
+    targets: Tensor,
+    num_classes: int | None,
+    background: int,
+    ignore_index: int,
+    graded: bool,
+    count: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     negatives = targets.new_empty(targets.numel() * (num_classes or 1), dtype=torch.bool)
     return negatives, targets.new_empty(count, dtype=torch.int64), targets.new_empty(2, dtype=torch.int64)
 
 
-_library = torch.library.Library("alrp_triton", "DEF")
-for _signature, _kernel, _fake in (
-    ("matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend) -> Tensor", _matvec, _matvec_fake),
-    (
-        "rmatvec(Tensor rows, Tensor weights, Tensor columns, Tensor? mask, float delta, str backend) -> Tensor",
+_OPERATORS = {
+    "matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend) -> Tensor": (_matvec, _matvec_fake),
+    "rmatvec(Tensor rows, Tensor weights, Tensor columns, Tensor? mask, float delta, str backend) -> Tensor": (
         _rmatvec,
         _rmatvec_fake,
     ),
-    ("among_rows(Tensor rows, Tensor values, float delta, str backend) -> Tensor", _among_rows, _among_rows_fake),
-    ("below_rows(Tensor rows, Tensor weights, str backend) -> Tensor", _below_rows, _below_rows_fake),
-    (
-        "alrp_terms(Tensor false_positives, Tensor among, Tensor box_errors, Tensor order, float at_zero, float eps,"
-        " ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-        _alrp_terms,
-        _alrp_terms_fake,
+    "among_rows(Tensor rows, Tensor values, float delta, str backend) -> Tensor": (_among_rows, _among_rows_fake),
+    "below_rows(Tensor rows, Tensor weights, str backend) -> Tensor": (_below_rows, _below_rows_fake),
+    "among_grades(Tensor rows, Tensor grades, float delta, str backend) -> Tensor": (_among_grades, _among_grades_fake),
+    "below_grades(Tensor rows, Tensor grades, Tensor weights, float delta, str backend) -> Tensor": (
+        _below_grades,
+        _below_grades_fake,
     ),
-    (
-        "classify(Tensor targets, int? num_classes, int background, int ignore_index, int count, str backend)"
-        " -> (Tensor, Tensor, Tensor)",
-        _classify,
-        _classify_fake,
-    ),
-):
+    "alrp_terms(Tensor false_positives, Tensor among, Tensor box_errors, Tensor order, float at_zero, float eps, "
+    "ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)": (_alrp_terms, _alrp_terms_fake),
+    "ap_terms(Tensor false_positives, Tensor positives_above, float at_zero, bool interpolate, ScalarType dtype, "
+    "str backend) -> (Tensor, Tensor)": (_ap_terms, _ap_terms_fake),
+    "rank_sort_terms(Tensor false_positives, Tensor among, float eps, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor, Tensor)": (_rank_sort_terms, _rank_sort_terms_fake),
+    "classify(Tensor targets, int? num_classes, int background, int ignore_index, bool graded, int count, str backend) "
+    "-> (Tensor, Tensor, Tensor)": (_classify, _classify_fake),
+}
+_library = torch.library.Library("alrp_triton", "DEF")
+for _signature, (_kernel, _fake) in _OPERATORS.items():
     _name = _library.define(_signature)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alrp_triton::{_name}", _fake, lib=_library)
@@ -217,5 +301,9 @@ matvec = torch.ops.alrp_triton.matvec
 rmatvec = torch.ops.alrp_triton.rmatvec
 among_rows = torch.ops.alrp_triton.among_rows
 below_rows = torch.ops.alrp_triton.below_rows
+among_grades = torch.ops.alrp_triton.among_grades
+below_grades = torch.ops.alrp_triton.below_grades
 alrp_terms = torch.ops.alrp_triton.alrp_terms
+ap_terms = torch.ops.alrp_triton.ap_terms
+rank_sort_terms = torch.ops.alrp_triton.rank_sort_terms
 classify = torch.ops.alrp_triton.classify

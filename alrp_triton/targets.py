@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import operators
 from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tensor, check_values, describe
+from .formulas import MOST_GRADE
 
 IGNORE_INDEX = -1
 
@@ -17,6 +18,7 @@ class TargetForm(NamedTuple):
     num_classes: int | None  # None: dense
     background: int
     ignore_index: int
+    graded: bool  # dense, and positives are marked by their IoU
 
 
 def check_indices(background: object, ignore_index: object) -> None:
@@ -27,8 +29,13 @@ def check_indices(background: object, ignore_index: object) -> None:
         raise ValueError(f"background and ignore_index must differ, both are {background}")
 
 
-def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_index: int) -> TargetForm:
-    """Tell the form of the targets from their shape; raise TypeError or ValueError if they fit neither form."""
+def check_form(
+    logits: Tensor, targets: Tensor, background: int | None, ignore_index: int, *, graded: bool = False
+) -> TargetForm:
+    """Tell the form of the targets from their shape; raise TypeError or ValueError if they fit neither form.
+
+    ``graded``: there are no other IoUs, so dense targets have to hold them.
+    """
     check_tensor("targets", targets, "target")
     check_same_device(logits=logits, targets=targets)
     check_indices(background, ignore_index)
@@ -39,7 +46,12 @@ def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_i
                 f"ignore_index={ignore_index} with dense targets {tuple(targets.shape)}, which mark 1 positive, "
                 "0 negative, -1 ignored"
             )
-        return TargetForm(None, 0, IGNORE_INDEX)
+        return TargetForm(None, 0, IGNORE_INDEX, graded)
+    if graded:
+        raise ValueError(
+            f"targets without ious must have the shape of logits, {tuple(logits.shape)}, and hold the IoUs of the "
+            f"positives, got {tuple(targets.shape)}"
+        )
     if logits.ndim < 2 or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of logits, {tuple(logits.shape)} (dense), or that shape without its last "
@@ -53,44 +65,59 @@ def check_form(logits: Tensor, targets: Tensor, background: int | None, ignore_i
         raise ValueError(
             f"ignore_index must differ from the number of classes, which is background; both are {background}"
         )
-    return TargetForm(num_classes, background, int(ignore_index))
+    return TargetForm(num_classes, background, int(ignore_index), False)
 
 
 def classify(
-    targets: Tensor, form: TargetForm, box_errors: Tensor, backend: operators.Backend
+    targets: Tensor, form: TargetForm, count: int | None, source: str, backend: operators.Backend
 ) -> tuple[Tensor, Tensor]:
     """Mask of the negatives, bool ``(N,)``, and flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
-    P is the number of ``box_errors``.
+    Args:
+        targets: as :func:`check_form` found them.
+        form: what it told.
+        count: P, as the caller knows it; None: not known, and on a GPU the host waits to learn it.
+        source: the argument from which the caller knows it, for the error.
+        backend: which one reads the targets.
 
     Raises:
-        ValueError: values of targets that mean nothing, or another number of positives than of box errors. On a GPU an
+        ValueError: values of targets that mean nothing, or another number of positives than ``count``. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    count, classes = box_errors.numel(), form.num_classes
-    if classes is None:
+    classes = form.num_classes
+    if form.graded:
+        meaning = "dense targets must be an IoU above 0 and up to 1 (positive), 0 (negative) or -1 (ignored)"
+    elif classes is None:
         meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
     else:
         meaning = (
             f"class-index targets must be a class from 0 to {classes - 1}, {form.background} (background) or "
             f"{form.ignore_index} (ignored)"
         )
+    if count is None:
+        count = int(operators.classify(targets, *form, 0, backend)[2][0])
     negatives, positives, status = operators.classify(targets, *form, count, backend)
     found, bad = status if status.device.type == "cuda" else status.tolist()
 
     def bad_values() -> ValueError:
         known = {form.background, form.ignore_index, *range(2 if classes is None else classes)}
         values, counts = targets.unique(return_counts=True)
-        seen = [(value, n) for value, n in zip(values.tolist(), counts.tolist(), strict=True) if value not in known]
+        seen = [
+            (value, n)
+            for value, n in zip(values.tolist(), counts.tolist(), strict=True)
+            if value not in known and not (form.graded and 0 < value <= MOST_GRADE)
+        ]
         return ValueError(
             f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
             "of these"
         )
 
     def bad_count() -> ValueError:
+        if source == "num_positives":
+            return ValueError(f"num_positives is {count}, but targets mark {int(found)} positives")
         return ValueError(
-            f"box_errors must have one value for each positive, in the order of their flat index: "
-            f"got {count} box_errors, but targets mark {int(found)} positives"
+            f"{source} must have one value for each positive, in the order of their flat index: "
+            f"got {count} {source}, but targets mark {int(found)} positives"
         )
 
     check_values(bad == 0, bad_values, f"alrp_triton: {meaning}")

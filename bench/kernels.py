@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alrp_triton.backends import triton_binned, triton_losses, triton_targets, triton_tiled
+from alrp_triton.backends import triton_binned, triton_graded, triton_losses, triton_targets, triton_tiled
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,7 +32,8 @@ _TYPES = {
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "lut_ptr": "*i32", "most_ptr": "*i32", "rise_ptr": "*i32",
     "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64", "box_errors_ptr": "*fp64",
     "order_ptr": "*i64", "classification_ptr": "*fp32", "localisation_ptr": "*fp32", "rank_ptr": "*fp32",
-    "update_ptr": "*fp64", "at_zero": "fp64", "eps": "fp64",
+    "update_ptr": "*fp64", "at_zero": "fp64", "eps": "fp64", "above_ptr": "*fp64", "grades_ptr": "*fp64",
+    "loss_ptr": "*fp32", "ranking_ptr": "*fp32", "sorting_ptr": "*fp32",
     "table_ptr": "*i64", "targets_ptr": "*i64", "negatives_ptr": "*i8", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
@@ -95,13 +96,23 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     found["binned table"] = Kernel(triton_binned.lut_kernel, {"BLOCK": 256}, {}, triton_binned.WARPS)
     if columns == "fp32":
         among, out = triton_tiled.AMONG_TILE, {"out_ptr": "*fp64"}
-        dense = {"SIGNED": True, "BLOCK": triton_targets.BLOCK}
+        terms = {"BLOCK": triton_losses.BLOCK}
+        for step, hard in (("", False), (" hard", True)):
+            tile = triton_graded.TILE | {"HARD": hard}
+            found[f"among grades{step}"] = Kernel(triton_graded.among_grades_kernel, tile, out, triton_graded.WARPS)
+            found[f"below grades{step}"] = Kernel(triton_graded.below_grades_kernel, tile, out, triton_graded.WARPS)
+        dense = {"SIGNED": True, "GRADED": False, "BLOCK": triton_targets.BLOCK}
         found |= {
             "among rows": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": False}, out, triton_tiled.WARPS),
             "among rows hard": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": True}, out, triton_tiled.WARPS),
-            "alrp terms": Kernel(triton_losses.alrp_kernel, {"BLOCK": triton_losses.BLOCK}, {}, triton_losses.WARPS),
+            "alrp terms": Kernel(triton_losses.alrp_kernel, terms, {}, triton_losses.WARPS),
+            "ap terms": Kernel(triton_losses.ap_kernel, terms | {"INTERPOLATE": True}, {}, triton_losses.WARPS),
+            "rank sort terms": Kernel(triton_losses.rank_sort_kernel, terms, {}, triton_losses.WARPS),
             "targets dense": Kernel(
                 triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK
+            ),
+            "targets graded": Kernel(
+                triton_targets.dense_kernel, dense | {"GRADED": True}, {"targets_ptr": "*fp32"}, triton_targets.WARPS
             ),
             "targets classes": Kernel(
                 triton_targets.classes_kernel, triton_targets.CLASS_TILE | {"SIGNED": True}, {}, triton_targets.WARPS

@@ -12,14 +12,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import alrp_triton
-from alrp_triton import alrp_loss, functional
+from alrp_triton import alrp_loss, ap_loss, autograd, rank_sort_loss
 from tests.cases import FINITE
 from tests.conftest import ROOT
 
 
 def test_public_names() -> None:
     assert sorted(alrp_triton.__all__) == [
-        "ALRPLoss", "ALRPLossOutput", "ComparisonMatrix", "SelfBalance", "alrp_loss", "giou_localisation_error", "localisation_error",
+        "ALRPLoss", "ALRPLossOutput", "APLoss", "ComparisonMatrix", "RankSortLoss", "RankSortLossOutput", "SelfBalance",
+        "alrp_loss", "ap_loss", "balance_by_value", "giou_localisation_error", "localisation_error", "rank_sort_loss",
     ]  # fmt: skip
     assert all(hasattr(alrp_triton, name) for name in alrp_triton.__all__)
     assert all(getattr(alrp_triton, name).__doc__ for name in alrp_triton.__all__)
@@ -53,11 +54,11 @@ def test_import_is_light() -> None:
 
 
 def test_layers_import_one_way() -> None:
-    """backends <- operators <- comparison <- functional <- modules; nothing reaches up. Backends, too, have an order."""
-    order = ["checks", "cost", "formulas", "backends", "operators", "comparison", "targets", "functional", "boxes", "balance", "modules", "__init__"]  # fmt: skip
+    """backends <- operators <- comparison <- autograd <- functional <- modules; nothing reaches up. Backends, too, have an order."""
+    order = ["checks", "cost", "formulas", "backends", "operators", "comparison", "targets", "autograd", "functional", "boxes", "balance", "modules", "compat", "__init__"]  # fmt: skip
     within = [
-        "__init__", "threads", "knots", "losses", "torch_targets", "torch_binned", "numba_dense", "numba_targets", "numba_binned",
-        "triton_tiled", "triton_binned", "triton_targets", "triton_losses",
+        "__init__", "threads", "knots", "losses", "torch_targets", "torch_graded", "torch_binned", "numba_dense", "numba_graded",
+        "numba_targets", "numba_binned", "triton_tiled", "triton_graded", "triton_binned", "triton_targets", "triton_losses",
     ]  # fmt: skip
     for path in (ROOT / "alrp_triton").rglob("*.py"):
         layers = within if path.parent.name == "backends" else order
@@ -87,21 +88,30 @@ class Context:
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a CPU build of torch cannot trace for a GPU")
 @pytest.mark.parametrize("form", ["dense", "classes"])
-def test_no_host_sync_on_a_gpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", ["alrp", "ap", "rank_sort", "rank_sort_graded"])
+def test_no_host_sync_on_a_gpu(loss: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward trace on fake CUDA tensors, where anything that reads a value back raises."""
-    context, function = Context(), functional._ALRPLoss  # pyright: ignore[reportPrivateUsage]
+    if loss == "rank_sort_graded" and form == "classes":
+        pytest.skip("class indices hold no IoU")
+    context, function = Context(), autograd.RankingLoss
     monkeypatch.setattr(function, "apply", partial(function.forward, context))
     with FakeTensorMode():
         logits = torch.randn(50, 8, device="cuda")
         targets = torch.zeros((50, 8) if form == "dense" else 50, dtype=torch.int64, device="cuda")
-        out = alrp_loss(logits, targets, torch.rand(7, device="cuda"))
-        assert out.rank.shape == (7,)
+        values = torch.rand(7, device="cuda")
+        if loss == "alrp":
+            assert alrp_loss(logits, targets, values).rank.shape == (7,)
+        elif loss == "ap":
+            assert ap_loss(logits, targets, num_positives=7).shape == ()
+        elif loss == "rank_sort":
+            assert rank_sort_loss(logits, targets, values).sorting.shape == ()
+        else:
+            assert rank_sort_loss(logits, targets.float(), num_positives=7).sorting.shape == ()
         one = torch.ones((), device="cuda")
-        grad_logits, grad_errors, *_ = function.backward(context, one, one, None, None)
+        grad_logits, grad_values, *_ = function.backward(context, one, None if loss == "ap" else one, None, None)
         assert grad_logits is not None
         assert (grad_logits.shape, grad_logits.device.type, grad_logits.dtype) == ((50, 8), "cuda", torch.float32)
-        assert grad_errors is not None
-        assert grad_errors.shape == (7,)
+        assert (grad_values is not None) == (loss == "alrp")
 
 
 def test_deepcopy_and_pickle_of_the_module() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton import SelfBalance
+from alrp_triton import SelfBalance, balance_by_value
 from tests.compare import assert_near
 
 
@@ -108,3 +108,25 @@ def test_needs_no_host_sync() -> None:
 
 def test_repr() -> None:
     assert repr(SelfBalance(period=5)) == "SelfBalance(period=5)"
+
+
+def test_balance_by_value() -> None:
+    classification, box = (torch.tensor(v, requires_grad=True) for v in (0.6, 1.5))
+    weighted = balance_by_value(classification, box)
+    assert weighted.item() == pytest.approx(0.6)
+    weighted.backward()
+    assert classification.grad is None
+    assert box.grad is not None
+    assert box.grad.item() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("classification", "box"), [(0.6, 0.0), (0.0, 0.0), (float("nan"), 0.5), (float("inf"), 0.5)])
+def test_balance_by_value_divides_by_nothing(classification: float, box: float) -> None:
+    value = torch.tensor(box, requires_grad=True)
+    weighted = balance_by_value(torch.tensor(classification), value)
+    weighted.backward()
+    assert weighted == box
+    assert value.grad == 1
+    assert balance_by_value(torch.tensor(0.5), torch.tensor(float("nan"))).isnan()
+    with pytest.raises(ValueError, match=r"box must be 0-d, got shape \(2,\)"):
+        balance_by_value(torch.tensor(0.5), torch.zeros(2))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import alrp_triton
-from alrp_triton import ComparisonMatrix
+from alrp_triton import ComparisonMatrix, operators
 from alrp_triton.operators import Backend
 from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
@@ -218,6 +218,29 @@ def test_columns_of_any_shape_and_stride(backend: Backend, device: str) -> None:
     assert torch.equal(matrix.rmatvec(w), flat.rmatvec(w).reshape(20, 30).t())
 
 
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("p", [1, 7, 200])
+def test_the_rows_by_grade(backend: Backend, device: str, delta: float, p: int) -> None:
+    rows, _, _ = draw(p, 1, torch.float32, device, seed=p)
+    t, w = torch.rand(p, dtype=torch.float64), torch.rand(p, dtype=torch.float64)
+    t[: p // 2] = (t[: p // 2] * 4).round() / 4  # ties
+    h = comparison_matrix(as_numpy(rows), as_numpy(rows), delta)
+    lower = as_numpy(t)[None, :] < as_numpy(t)[:, None]
+    matrix = ComparisonMatrix(rows, rows, delta=delta, backend=backend)
+    grades, weights = t.to(device), w.to(device)
+    values = 1 - as_numpy(t)
+    expected = [(h * ~lower).sum(1), h * ~lower @ values, (h * lower).sum(1), h * lower @ values]
+    assert_near(matrix.among_grades(grades), np.stack(expected), 1e-6 if backend.startswith("triton") else 1e-12)
+    received = as_numpy(w) @ (h * lower)
+    assert_near(matrix.below_grades(grades, weights), received, 1e-6 if backend.startswith("triton") else 1e-12)
+    grades[-1] = float("nan")
+    assert matrix.among_grades(grades).isnan().all()
+    assert matrix.below_grades(grades, weights).isnan().all()
+    rows[0] = float("inf")
+    matrix = ComparisonMatrix(rows, rows, delta=delta, backend=backend)
+    assert matrix.among_grades(torch.ones_like(weights)).isnan().all()
+
+
 @pytest.mark.parametrize("delta", [1.0, 0.0])
 def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> None:
     rows, columns, mask = draw(12, 100, torch.float32, device)
@@ -234,10 +257,15 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
     among, order = torch.rand(3, 12, dtype=torch.float64, device=device), torch.randperm(12, device=device)
     of_losses = (rows.abs(), among, among[0], order, 0.5, 1e-5, torch.float32, backend)
     torch.library.opcheck(torch.ops.alrp_triton.alrp_terms, of_losses, test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.ap_terms, (rows.abs(), among[0], 0.5, True, torch.float64, backend), test_utils=tests)  # fmt: skip
+    torch.library.opcheck(torch.ops.alrp_triton.among_grades, (rows, among[0], delta, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.below_grades, (rows, among[0], among[1], delta, backend), test_utils=tests)  # fmt: skip
+    grades = operators.among_grades(rows, among[0], delta, backend)
+    torch.library.opcheck(torch.ops.alrp_triton.rank_sort_terms, (rows.abs(), grades, 1e-5, torch.float32, backend), test_utils=tests)  # fmt: skip
     for targets, classes in ((mask.long(), None), (torch.arange(5, device=device), 4)):
         count = int(mask.sum()) if classes is None else 4
         torch.library.opcheck(
-            torch.ops.alrp_triton.classify, (targets, classes, 4, -1, count, backend), test_utils=tests
+            torch.ops.alrp_triton.classify, (targets, classes, 4, -1, False, count, backend), test_utils=tests
         )
 
 

@@ -54,3 +54,50 @@ def test_gradient_is_the_stated_update() -> None:
     first, second = (0.75 + 0.6) / 2.75 / 2, 0.25 / 1.25 / 2
     assert_near(result.grad_logits, [-first, -second, first + second], 1e-12)
     assert_near(result.grad_box_errors, [1 / 2.75 / 2, (1 / 2.75 + 1 / 1.25) / 2], 1e-12)
+
+
+@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize("interpolate", [True, False])
+def test_ap_dense_and_loop_agree(name: str, interpolate: bool) -> None:
+    case = FINITE[name]
+    dense, loop = (
+        m.ap_loss(case.logits, case.targets, interpolate, case.delta) for m in (reference.dense, reference.loop)
+    )
+    assert abs(loop.loss - dense.loss) <= 1e-12
+    assert np.abs(loop.grad_logits - dense.grad_logits).max(initial=0) <= 1e-12  # 1 - precision: digits are those of 1
+    if interpolate is False:
+        assert_near(dense.loss, reference.dense.alrp_loss(*case[:3], case.delta).classification, 1e-9)
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_rank_sort_dense_and_loop_agree(name: str) -> None:
+    case = FINITE[name]
+    ious = np.round(1 - case.box_errors / 2, 1)  # with ties
+    dense, loop = (
+        m.rank_sort_loss(case.logits, case.targets, ious, case.delta) for m in (reference.dense, reference.loop)
+    )
+    for what in ("ranking", "sorting", "grad_ranking", "grad_sorting"):
+        assert np.abs(getattr(loop, what) - getattr(dense, what)).max(initial=0) <= 1e-12, what
+    assert_balanced(dense.grad_ranking, 1e-12)
+    assert np.abs(dense.grad_sorting.sum()) <= 1e-12
+
+
+def test_rank_sort_by_hand() -> None:
+    """Two positives and a negative: s = 0, 1, 0.25; t = 0.9, 0.5; delta = 0.5. The second is missorted."""
+    result = reference.dense.rank_sort_loss([0.0, 1.0, 0.25], [1, 1, 0], [0.9, 0.5])
+    # H: first to negative 0.75, second to negative 0; first to second positive 1; itself 0.5.
+    first = (0.5 * 0.1 + 1.0 * 0.5) / 1.5 - 0.1  # now, less what it would be with only itself above
+    assert_near(result.ranking, 0.75 / (1.5 + 0.75) / 2, 1e-12)
+    assert_near(result.sorting, first / 2, 1e-12)
+    assert_near(result.grad_ranking, [-1 / 6, 0, 1 / 6], 1e-12)
+    assert_near(result.grad_sorting, [-first / 2, first / 2, 0], 1e-12)
+
+
+def test_interpolation_by_hand() -> None:
+    """Hard step: positives at 0 (three negatives above: 2/5) and 2 (one above: 1/2); the first precision is the lower."""
+    result = reference.dense.ap_loss([0.0, 2.0, 1.0, 1.0, 3.0], [1, 1, 0, 0, 0], True, 0.0)
+    assert_near(result.loss, 1 - (2 / 5 + 1 / 2) / 2, 1e-12)
+    # And positives at 0 (one negative above: 2/3) and 2 (that one above, too: 1/2, raised to 2/3).
+    result = reference.dense.ap_loss([0.0, 2.0, 3.0], [1, 1, 0], True, 0.0)
+    assert_near(result.loss, 1 / 3, 1e-12)
+    assert_near(result.grad_logits, [-1 / 6, -1 / 6, 1 / 3], 1e-12)

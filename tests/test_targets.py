@@ -49,7 +49,7 @@ def test_dense(classify: Classify, dtype: torch.dtype, n: int, values: str, devi
     targets = targets.to(dtype)
     negatives, positives, bad = by_hand(targets, None, 0, -1)
     given = targets.to(device)
-    mask, where, status = classify(given, None, 0, -1, len(positives))
+    mask, where, status = classify(given, None, 0, -1, False, len(positives))
     assert torch.equal(given.cpu(), targets)
     assert status[0] == len(positives)
     assert (status[1] > 0) == (bad > 0)
@@ -67,24 +67,40 @@ def test_class_indices(classify: Classify, dtype: torch.dtype, background: int, 
     targets = torch.tensor(np.random.default_rng(0).choice(choices, anchors)).to(dtype)
     negatives, positives, bad = by_hand(targets, classes, background, ignore)
     assert bad == 0
-    mask, where, status = classify(targets.to(device), classes, background, ignore, len(positives))
+    mask, where, status = classify(targets.to(device), classes, background, ignore, False, len(positives))
     assert status.tolist() == [len(positives), 0]
     assert mask.tolist() == negatives
     assert where.tolist() == positives
     targets[anchors // 2] = 250 if dtype == torch.uint8 else 1000
-    assert classify(targets.to(device), classes, background, ignore, 0)[2][1] > 0
+    assert classify(targets.to(device), classes, background, ignore, False, 0)[2][1] > 0
 
 
 @pytest.mark.parametrize(("background", "ignore"), [(3, -1), (-1, -2), (3, 7)])
 def test_unsigned_class_indices_do_not_wrap(classify: Classify, background: int, ignore: int, device: str) -> None:
     targets = torch.tensor(np.array([0, 3, 2**64 - 1, 2**64 - 2], np.uint64)).to(device)
-    assert classify(targets, 3, background, ignore, 1)[2][1] > 0
+    assert classify(targets, 3, background, ignore, False, 1)[2][1] > 0
 
 
 def test_another_number_of_positives_is_told_and_writes_nothing_beyond(classify: Classify, device: str) -> None:
     targets = torch.ones(3000, dtype=torch.int8, device=device)
     for count in (0, 5, 2999, 3001):
-        _, where, status = classify(targets, None, 0, -1, count)
+        _, where, status = classify(targets, None, 0, -1, False, count)
         assert where.shape == (count,)
         assert status.tolist() == [3000, 0]
         assert ((where >= 0) & (where < 3000)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])
+def test_grades(classify: Classify, dtype: torch.dtype, device: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.choice([-1.0, 0.0, 0.0, 2**-20, 0.5, 1.0, 1 + 2**-12], 3000)
+    grades = torch.tensor(values if dtype.is_floating_point else np.abs(np.trunc(values))).to(dtype)
+    expected = [k for k, grade in enumerate(grades.tolist()) if grade > 0]
+    mask, where, status = classify(grades.to(device), None, 0, -1, True, len(expected))
+    assert status.tolist() == [len(expected), 0]
+    assert mask.tolist() == (grades == 0).tolist()
+    assert where.tolist() == expected
+    for bad in (2, *((-0.5, 1.01, float("nan"), float("inf")) if dtype.is_floating_point else ())):
+        broken = grades.clone()
+        broken[1234] = bad
+        assert classify(broken.to(device), None, 0, -1, True, 0)[2][1] > 0

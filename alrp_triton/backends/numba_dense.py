@@ -39,7 +39,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 @jit
-def _step(d, scale):
+def step(d, scale):
     """The step h of a difference; scale is 1 / (2 delta), or 0 for delta = 0. 0 for NaN."""
     h = d * scale + 0.5 if scale > 0 else (1.0 if d >= 0 else 0.0)
     h = h if h > 0 else 0.0
@@ -61,7 +61,7 @@ def _read(columns, weights, x, v):
 def _sum(x, v, row, scale):
     total = 0.0
     for j in range(len(x)):
-        total += _step(x[j] - row, scale) * v[j]
+        total += step(x[j] - row, scale) * v[j]
     return total
 
 
@@ -94,7 +94,7 @@ def _sum_rows(rows, weights, columns, mask, scale, out):
             g[j] = poison
         for i in range(len(rows)):
             for j in range(len(x)):
-                g[j] += _step(x[j] - rows[i], scale) * weights[i]
+                g[j] += step(x[j] - rows[i], scale) * weights[i]
         for j in range(len(x)):
             result[j] = g[j] if x[j] == x[j] else x[j]
         if mask is not None:
@@ -103,7 +103,8 @@ def _sum_rows(rows, weights, columns, mask, scale, out):
                 result[j] = result[j] if keep[j] else 0
 
 
-def _scale(delta: float) -> float:
+def scale_of(delta: float) -> float:
+    """The ``scale`` of :func:`step`."""
     return 0.5 / delta if delta > 0 else 0.0
 
 
@@ -117,15 +118,15 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
     out = torch.zeros_like(rows)
     v = None if weights is None else _flat(weights)
-    _sum_columns(rows.numpy(), _flat(columns), v, _scale(delta), out.numpy())
+    _sum_columns(rows.numpy(), _flat(columns), v, scale_of(delta), out.numpy())
     return out
 
 
 def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
     """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
     s, v, out = rows.numpy(), values.numpy(), np.zeros((3, rows.numel()))
-    _sum_columns(s, s, None, _scale(delta), out[0])
-    _sum_columns(s, s, v, _scale(delta), out[1])
+    _sum_columns(s, s, None, scale_of(delta), out[0])
+    _sum_columns(s, s, v, scale_of(delta), out[1])
     _sum_columns(s, s, v, 0.0, out[2])
     return torch.from_numpy(out)
 
@@ -134,5 +135,5 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
     x, keep = _flat(columns), None if mask is None else mask.reshape(-1).numpy()
     out = torch.empty(x.shape, dtype=working_dtype(columns))
-    _sum_rows(rows.numpy(), weights.numpy(), x, keep, _scale(delta), out.numpy())
+    _sum_rows(rows.numpy(), weights.numpy(), x, keep, scale_of(delta), out.numpy())
     return out.to(columns.dtype).reshape(columns.shape)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..formulas import MOST_GRADE
 from . import threads
 from .numba_dense import jit
 
@@ -17,14 +18,18 @@ _LEAST = 1 << 16  # targets a thread
 
 
 @jit
-def _dense(targets, signed, negatives, positives, status, first):
-    """Targets from number ``first`` on, one for each logit; their positives to the front of ``positives``."""
+def _dense(targets, signed, most, negatives, positives, status, first):
+    """Targets from number ``first`` on, one for each logit; their positives to the front of ``positives``.
+
+    Positive is 1, or with ``most`` what is above 0 and not above that.
+    """
     found = bad = 0
     for begin in range(0, len(targets), _STRIP):
         t, negative = targets[begin : begin + _STRIP], negatives[begin : begin + _STRIP]
         marked = known = 0
         for j in range(len(t)):  # without a branch, so that it becomes vector instructions
-            zero, one = t[j] == 0, t[j] == 1
+            zero = t[j] == 0
+            one = t[j] == 1 if most is None else (t[j] > 0) & (t[j] <= most)
             negative[j] = zero
             marked += one
             # -1 would wrap around to the largest value of an unsigned dtype
@@ -32,7 +37,7 @@ def _dense(targets, signed, negatives, positives, status, first):
         bad += len(t) - known
         if marked:
             for j in range(len(t)):
-                if t[j] == 1:
+                if t[j] == 1 if most is None else (t[j] > 0) & (t[j] <= most):
                     if found < len(positives):
                         positives[found] = first + begin + j
                     found += 1
@@ -58,7 +63,7 @@ def _indices(targets, signed, classes, background, ignore_index, negatives, posi
 
 
 def classify(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, graded: bool, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
     signed, targets = targets.dtype.is_signed, targets.reshape(-1)
@@ -76,7 +81,7 @@ def classify(
         here = slice(bounds[part], bounds[part + 1])
         results = negatives[here], places[part], status[part], here.start
         if num_classes is None:
-            _dense(t[here], signed, *results)
+            _dense(t[here], signed, MOST_GRADE if graded else None, *results)
         else:
             _indices(t[here], signed, num_classes, background, ignore_index, *results)
 

@@ -6,6 +6,8 @@ On a GPU the host waits for the answer; there this is the way only where triton 
 import torch
 from torch import Tensor
 
+from ..formulas import MOST_GRADE
+
 # Few enough values that a part is still in the cache for the next operation; on a GPU all at once.
 _CHUNK = 1 << 17
 _MIN_MAX = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes whose extremes tell all
@@ -20,6 +22,13 @@ def _is_bad(targets: Tensor, codes: Tensor) -> bool:
     return targets.dtype not in _MIN_MAX and bool((codes.to(targets.dtype) != targets).any())
 
 
+def _grades_as_codes(targets: Tensor) -> Tensor:
+    """Grades, floating, as int8: 1 positive, 0 negative, -1 ignored, 2 what means nothing."""
+    positive = (targets > 0) & (targets <= MOST_GRADE)
+    codes = torch.where(positive, 1, torch.where(targets == -1, -1, 2)).to(torch.int8)
+    return codes.masked_fill_(targets == 0, 0)
+
+
 def _find(mask: Tensor) -> Tensor:
     """Indices of what is True, ascending, fast where little is: runs of 8 that are all False are seen as one number."""
     if mask.numel() % 8:
@@ -29,7 +38,7 @@ def _find(mask: Tensor) -> Tensor:
     return words.index_select(0, word) * 8 + byte
 
 
-def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _classify_dense(targets: Tensor, graded: bool) -> tuple[Tensor, Tensor, bool]:
     targets = targets.reshape(-1)
     chunk = _CHUNK if targets.device.type == "cpu" else max(targets.numel(), 1)
     negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
@@ -37,6 +46,8 @@ def _classify_dense(targets: Tensor) -> tuple[Tensor, Tensor, bool]:
     bad = False
     for start in range(0, targets.numel(), chunk):
         part = targets[start : start + chunk]
+        if graded and part.is_floating_point():
+            part = _grades_as_codes(part)
         codes = part.to(torch.int8)
         bad = bad or _is_bad(part, codes)
         # logical_not is what == 0 would give, several times faster.
@@ -63,11 +74,11 @@ def _classify_indices(
 
 
 def classify(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, graded: bool, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
     if num_classes is None:
-        negatives, positives, bad = _classify_dense(targets)
+        negatives, positives, bad = _classify_dense(targets, graded)
     else:
         negatives, positives, bad = _classify_indices(targets, num_classes, background, ignore_index)
     found = positives.numel()

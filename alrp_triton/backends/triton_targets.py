@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formulas import MOST_GRADE
 from .triton_tiled import readable
 
 BLOCK = 2048
 CLASS_TILE = {"ANCHORS": 16, "CLASSES": 64}
 WARPS = 4
+_MOST_GRADE: tl.constexpr = tl.constexpr(MOST_GRADE)
 
 
 @triton.jit
@@ -33,12 +35,15 @@ def _report(positive, bad, where, positives_ptr, status_ptr, count):
 
 @triton.jit(do_not_specialize=["count", "N"])
 def dense_kernel(
-    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, N: tl.int64, SIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, N: tl.int64,
+    SIGNED: tl.constexpr, GRADED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program b: targets of block b, one for each logit."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + index, mask=index < N, other=0)
     negative, positive = target == 0, target == 1
+    if GRADED:
+        positive = (target > 0) & (target <= _MOST_GRADE)
     bad = ~(negative | positive)
     if SIGNED:  # -1 would wrap around to the largest value of an unsigned dtype
         bad = bad & (target != -1)
@@ -70,7 +75,7 @@ def classes_kernel(
 
 
 def classify(
-    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, count: int
+    targets: Tensor, num_classes: int | None, background: int, ignore_index: int, graded: bool, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
     n, signed = targets.numel(), targets.dtype.is_signed
@@ -81,8 +86,8 @@ def classify(
     with torch.cuda.device_of(targets):
         if num_classes is None:
             dense_kernel[(triton.cdiv(n, BLOCK),)](
-                read, negatives.view(torch.int8), positives, status, count, n, SIGNED=signed, BLOCK=BLOCK,
-                num_warps=WARPS,
+                read, negatives.view(torch.int8), positives, status, count, n, SIGNED=signed, GRADED=graded,
+                BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         else:
             classes_kernel[(triton.cdiv(n, CLASS_TILE["ANCHORS"]),)](

@@ -1,0 +1,88 @@
+"""The published interfaces, so that a detection head written for them switches by changing one import.
+
+``aLRPLoss``, ``APLoss`` and ``RankSort`` are called with ``apply``, positionally, and return what the published
+autograd functions return, in their order. Behind them are the functions of this package; docs/migration.md lists what
+differs. New code is better off with :func:`alrp_triton.alrp_loss`, :func:`alrp_triton.ap_loss` and
+:func:`alrp_triton.rank_sort_loss`, which check more and say more.
+"""
+
+from torch import Tensor
+
+from .functional import DELTA, DELTA_RS, EPS, EPS_RS, alrp_loss, ap_loss, rank_sort_loss
+
+
+class aLRPLoss:  # noqa: N801 (the published name)
+    """In place of ``aLRPLoss`` of github.com/kemaloksuz/aLRPLoss."""
+
+    @staticmethod
+    def apply(
+        logits: Tensor, targets: Tensor, regression_losses: Tensor, delta: float = DELTA, eps: float = EPS
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ALRP Loss of the classification branch; the caller makes that of the box branch from the ranks.
+
+        Args:
+            logits: scores of all anchors and classes, any shape.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored.
+            regression_losses: localisation errors of the positives, ``(P,)``; not differentiated.
+            delta: half-width of the step.
+            eps: as for :func:`alrp_triton.alrp_loss`.
+
+        Returns:
+            The loss, 0-d; the ranks of the positives, ``(P,)``; the ascending argsort of their logits, ``(P,)`` int64.
+            The published loss of the box branch is then
+            ``(regression_losses[order].flip(0).cumsum(0) / rank[order].flip(0)).mean()``.
+
+        Raises:
+            TypeError, ValueError: see :func:`alrp_triton.alrp_loss`.
+        """
+        out = alrp_loss(logits, targets, regression_losses.detach(), delta=delta, eps=eps)
+        return out.classification, out.rank, out.order
+
+
+class APLoss:
+    """In place of ``APLoss`` of github.com/kemaloksuz/aLRPLoss and github.com/cccorn/AP-loss."""
+
+    @staticmethod
+    def apply(logits: Tensor, targets: Tensor, delta: float = DELTA) -> Tensor:
+        """AP Loss with interpolated precision.
+
+        Args:
+            logits: scores of all anchors and classes, any shape.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored.
+            delta: half-width of the step.
+
+        Returns:
+            The loss, 0-d.
+
+        Raises:
+            TypeError, ValueError: see :func:`alrp_triton.ap_loss`.
+        """
+        return ap_loss(logits, targets, delta=delta)
+
+
+class RankSort:
+    """In place of ``RankSort`` of github.com/kemaloksuz/RankSortLoss."""
+
+    @staticmethod
+    def apply(
+        logits: Tensor,
+        targets: Tensor,
+        delta_RS: float = DELTA_RS,  # noqa: N803 (the published name)
+        eps: float = EPS_RS,
+    ) -> tuple[Tensor, Tensor]:
+        """Rank & Sort Loss.
+
+        Args:
+            logits: scores of all anchors and classes, any shape.
+            targets: the same shape: the IoU of a positive, 0 negative, -1 ignored.
+            delta_RS: half-width of the step.
+            eps: as for :func:`alrp_triton.rank_sort_loss`.
+
+        Returns:
+            The ranking and the sorting error, 0-d each.
+
+        Raises:
+            TypeError, ValueError: see :func:`alrp_triton.rank_sort_loss`.
+        """
+        out = rank_sort_loss(logits, targets, delta=delta_RS, eps=eps)
+        return out.ranking, out.sorting

@@ -1,0 +1,331 @@
+"""AP Loss and Rank & Sort Loss against the oracle on every named case and backend, and what must hold for each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import alrp_triton
+from alrp_triton import APLoss, RankSortLoss, alrp_loss, ap_loss, compat, rank_sort_loss
+from alrp_triton.operators import Backend
+from reference import dense, loop
+from tests.cases import FINITE, NOT_FINITE, Case, draw
+from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
+from tests.test_loss import SMALL_FP
+
+
+@pytest.fixture(params=["torch", "numba", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """What is of size N is the operator's, which has tests of its own for all backends."""
+    return request.param
+
+
+def ious_of(case: Case) -> NDArray[np.float32]:
+    """IoUs in (0, 1], half of them with ties."""
+    ious = np.clip(1 - np.nan_to_num(case.box_errors) / 2, 0.01, 1).astype(np.float32)
+    ious[::2] = np.ceil(ious[::2] * 8) / 8
+    return ious
+
+
+def run_ap(case: Case, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = torch.tensor(case.logits, device=device, dtype=dtype, requires_grad=True)
+    loss = ap_loss(logits, torch.tensor(case.targets, device=device), delta=case.delta, backend=backend, **settings)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss, gradient
+
+
+def run_rank_sort(case: Case, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = torch.tensor(case.logits, device=device, dtype=dtype, requires_grad=True)
+    targets, ious = torch.tensor(case.targets, device=device), torch.tensor(ious_of(case), device=device)
+    out = rank_sort_loss(logits, targets, ious, delta=case.delta, backend=backend)
+    of_ranking, of_sorting = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in out)
+    return *out, of_ranking, of_sorting
+
+
+def tolerance_of(name: str, backend: Backend) -> float:
+    return SMALL_FP.get(name, 1e-6) if backend.startswith("triton") else 1e-6
+
+
+@pytest.mark.parametrize("interpolate", [True, False])
+@pytest.mark.parametrize("name", {**FINITE, **NOT_FINITE})
+def test_ap_against_the_oracle(name: str, interpolate: bool, backend: Backend, device: str) -> None:
+    case = {**FINITE, **NOT_FINITE}[name]
+    expected = dense.ap_loss(case.logits, case.targets, interpolate, case.delta)
+    loss, gradient = run_ap(case, backend, device, interpolate=interpolate)
+    tolerance = tolerance_of(name, backend)
+    assert_near(loss, expected.loss, tolerance, "loss")
+    assert_gradient(gradient, expected.grad_logits, tolerance)
+
+
+@pytest.mark.parametrize("name", {**FINITE, **NOT_FINITE})
+def test_rank_sort_against_the_oracle(name: str, backend: Backend, device: str) -> None:
+    case = {**FINITE, **NOT_FINITE}[name]
+    expected = dense.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
+    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device)
+    tolerance = tolerance_of(name, backend)
+    assert_near(ranking, expected.ranking, tolerance, "ranking")
+    assert_gradient(of_ranking, expected.grad_ranking, tolerance)
+    assert abs(as_numpy(sorting) - expected.sorting) <= 1e-7 or np.isnan(as_numpy(sorting) + expected.sorting)
+    # A difference of means of at most 1: its digits are those of 1.
+    assert_near(of_sorting, expected.grad_sorting, max(1e-6, 1e-13 / max(np.abs(expected.grad_sorting).max(initial=0), 1e-30)))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["random", "hard_ties", "no_positives"])
+def test_dtypes(name: str, dtype: torch.dtype, backend: Backend, device: str) -> None:
+    case = FINITE[name]
+    case = case._replace(logits=torch.tensor(case.logits).to(dtype).float().numpy())
+    expected, tolerance = dense.ap_loss(case.logits, case.targets, True, case.delta), TOLERANCE[dtype]
+    loss, gradient = run_ap(case, backend, device, dtype)
+    assert (loss.dtype, gradient.dtype) == (torch.promote_types(dtype, torch.float32), dtype)
+    assert_near(loss, expected.loss, 1e-6)
+    assert_near(gradient, expected.grad_logits, tolerance)
+    wanted = dense.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
+    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device, dtype)
+    assert ranking.dtype == sorting.dtype == torch.promote_types(dtype, torch.float32)
+    assert_near(ranking, wanted.ranking, 1e-6)
+    assert_near(sorting, wanted.sorting, 1e-6)
+    assert_near(of_ranking, wanted.grad_ranking, tolerance)
+    assert_near(of_sorting, wanted.grad_sorting, tolerance)
+
+
+@pytest.mark.parametrize("name", ["random", "ties", "hard_ties", "wide_scores"])
+def test_invariants(name: str, backend: Backend, device: str) -> None:
+    case = FINITE[name]
+    negatives, positives = (torch.tensor(case.targets == k, device=device) for k in (0, 1))
+    loss, gradient = run_ap(case, backend, device)
+    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device)
+    for value in (loss, ranking, sorting):
+        assert 0 <= value <= 1
+    for grad in (gradient, of_ranking, of_sorting):
+        assert_balanced(grad, 1e-6)
+        assert not grad[~negatives & ~positives].any()
+    assert (gradient[positives] <= 0).all()
+    assert (of_ranking[positives] <= 0).all()
+    assert not of_sorting[negatives].any()
+
+    logits, targets, errors = (a[::-1].copy() for a in case[:3])
+    turned = case._replace(logits=logits, targets=targets, box_errors=errors)
+    assert_near(run_ap(turned, backend, device)[1].flip(0), gradient, 1e-6, "permutation")
+    if case.num_positives % 2:  # which IoUs are rounded does not change with the order
+        assert_near(run_rank_sort(turned, backend, device)[3].flip(0), of_sorting, 1e-6, "permutation")
+    exact = case._replace(logits=np.round(case.logits * 64) / 64)
+    shifted = exact._replace(logits=exact.logits + 32)
+    assert_near(run_ap(shifted, backend, device)[1], run_ap(exact, backend, device)[1], 1e-6, "shift")
+    assert_near(run_rank_sort(shifted, backend, device)[3], run_rank_sort(exact, backend, device)[3], 1e-6, "shift")
+
+
+def test_mutations_are_caught() -> None:
+    """A gradient that lost a thousandth of its negatives, or one entry of the sorting error, is seen."""
+    case = draw(0, 20_000, 101)
+    for good, expected in (
+        (run_ap(case)[1], dense.ap_loss(case.logits, case.targets).grad_logits),
+        (run_rank_sort(case)[2], dense.rank_sort_loss(case.logits, case.targets, ious_of(case), 1.0).grad_ranking),
+        (run_rank_sort(case)[3], dense.rank_sort_loss(case.logits, case.targets, ious_of(case), 1.0).grad_sorting),
+    ):
+        assert_gradient(good, expected, 1e-6)
+        active = np.flatnonzero(np.abs(expected) > np.abs(expected).max() / 100)
+        dropped = good.clone()
+        dropped[torch.tensor(active[:: max(len(active) // 20, 1)])] = 0
+        with pytest.raises(AssertionError):
+            assert_gradient(dropped, expected, 1e-6)
+        with pytest.raises(AssertionError, match="sum to"):
+            assert_balanced(dropped, 1e-6)
+
+
+def test_without_interpolation_ap_is_the_classification_part_of_alrp(backend: Backend, device: str) -> None:
+    """And with box errors of 0 the gradient, too."""
+    case = FINITE["zero_box_errors"]
+    logits, targets, errors = (torch.tensor(a, device=device) for a in case[:3])
+    of_alrp, of_ap = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    classification = alrp_loss(of_alrp, targets, errors, eps=0, backend=backend).classification
+    loss = ap_loss(of_ap, targets, interpolate=False, backend=backend)
+    assert_near(loss, classification, 1e-6)
+    (classification + loss).backward()
+    assert of_alrp.grad is not None
+    assert of_ap.grad is not None
+    assert_near(of_ap.grad, of_alrp.grad, 1e-6)
+
+
+def test_precision_one_and_zero_false_positives() -> None:
+    """The lowest positive outranks all: nothing is divided by zero, and the others keep precision 1 by interpolation."""
+    logits = torch.tensor([5.0, 8.0, 7.5, 0.0, -1.0], requires_grad=True)
+    targets = torch.tensor([1, 1, 1, 0, 0])
+    loss = ap_loss(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0
+    assert not gradient.any()
+    higher = torch.tensor([5.0, 8.0, 9.5, -5.0], requires_grad=True)  # the hard step's precision 1, 1, then 2/3 raised
+    expected = dense.ap_loss(as_numpy(higher), [1, 1, 0, 0], True, 0.0)
+    loss = ap_loss(higher, torch.tensor([1, 1, 0, 0]), delta=0)
+    assert_near(loss, expected.loss, 1e-6)
+
+
+@pytest.mark.parametrize("own", [(1.0, 1.0), (2.0, 0.5), (0.0, 3.0), (1.0, None), (None, 1.0)])
+def test_both_incoming_gradients_of_rank_sort(own: tuple[float | None, float | None], backend: Backend, device: str) -> None:  # fmt: skip
+    case = FINITE["random"]
+    expected = dense.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
+    logits = torch.tensor(case.logits, device=device, requires_grad=True)
+    out = rank_sort_loss(logits, torch.tensor(case.targets, device=device), torch.tensor(ious_of(case), device=device), delta=1.0, backend=backend)  # fmt: skip
+    losses, weights = zip(*((loss, torch.tensor(w, device=device)) for loss, w in zip(out, own, strict=True) if w is not None), strict=True)  # fmt: skip
+    (gradient,) = torch.autograd.grad(losses, logits, weights)
+    assert_gradient(gradient, (own[0] or 0) * expected.grad_ranking + (own[1] or 0) * expected.grad_sorting, 1e-6)
+
+
+def test_forms_of_targets(device: str) -> None:
+    """Graded targets, a mask with IoUs, and class indices say the same; only the latter two let a positive have IoU 0."""
+    classes, anchors, rng = 5, 40, np.random.default_rng(0)
+    indices = torch.tensor(rng.choice([-1, *range(classes), *[classes] * 6], anchors))
+    positive = (indices >= 0) & (indices < classes)
+    ious = torch.rand(int(positive.sum())).clamp(min=0.05)
+    mask = torch.zeros(anchors, classes, dtype=torch.int64)
+    mask[positive, indices[positive]] = 1
+    mask[indices < 0] = -1
+    graded = mask.float()
+    graded[mask == 1] = ious
+    logits = torch.randn(anchors, classes)
+    x, ious = logits.to(device), ious.to(device)
+    results = [
+        rank_sort_loss(x, graded.to(device)),
+        rank_sort_loss(x, graded.to(device), num_positives=len(ious)),
+        rank_sort_loss(x, mask.to(device), ious),
+        rank_sort_loss(x, indices.to(device), ious),
+    ]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    of_indices, of_mask = ap_loss(x, indices.to(device)), ap_loss(x, mask.to(device), num_positives=len(ious))
+    assert torch.equal(of_indices, of_mask)
+
+    ious[0] = 0
+    expected = dense.rank_sort_loss(as_numpy(logits), as_numpy(mask), as_numpy(ious))
+    assert_near(rank_sort_loss(x, mask.to(device), ious).sorting, expected.sorting, 1e-6)
+    as_negative = rank_sort_loss(x, torch.where(mask == 1, graded, mask.float()).masked_fill(mask == 1, 1.0).to(device))
+    assert as_negative.sorting == 0  # all alike
+
+
+def test_no_second_derivative_and_no_positives(backend: Backend, device: str) -> None:
+    weight = torch.ones((), device=device, requires_grad=True)
+    logits, targets = torch.randn(4, 5, device=device) * weight, torch.zeros(4, 5, device=device)
+    losses = ap_loss(logits, targets, backend=backend), *rank_sort_loss(logits, targets, backend=backend)
+    torch.stack(losses).sum().backward()
+    assert all(loss == 0 for loss in losses)
+    assert weight.grad == 0
+    x = torch.randn(20, device=device, requires_grad=True)
+    targets = (torch.arange(20, device=device) < 4).long()
+    out = rank_sort_loss(x, targets, torch.rand(4, device=device), backend=backend)
+    for loss in (ap_loss(x, targets, backend=backend), *out):
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+
+
+def test_many_positives_in_little_memory() -> None:
+    """P = 20,000: a P x P matrix would have 3.2 GB. The allocator's own count is the witness."""
+    p = 20_000
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(size=2 * p).astype(np.float32), requires_grad=True)
+    targets, ious = (torch.arange(2 * p) < p).long(), torch.tensor(rng.random(p).astype(np.float32))
+    out = rank_sort_loss(logits, targets, ious)
+    (gradient,) = torch.autograd.grad(out.ranking + out.sorting, logits)
+    assert_balanced(gradient, 1e-6)
+    some = rng.choice(p, 20, replace=False)
+    s, t = as_numpy(logits)[:p], as_numpy(ious)
+    h = np.clip(s[None, :] - s[some][:, None] + 0.5, 0, 1)
+    kept = h * (t[None, :] >= t[some][:, None])
+    sorting = (h @ (1 - t)) / h.sum(1) - (kept @ (1 - t)) / kept.sum(1)
+    assert abs(sorting.mean() - out.sorting.item()) < 4 * sorting.std() / np.sqrt(20)
+
+
+def test_modules_call_the_functions() -> None:
+    case = FINITE["random"]
+    logits, targets = torch.tensor(case.logits), torch.tensor(case.targets)
+    ious = torch.tensor(ious_of(case))
+    assert APLoss(interpolate=False, delta=0.5)(logits, targets) == ap_loss(
+        logits, targets, interpolate=False, delta=0.5
+    )
+    module = RankSortLoss(delta=0.25, eps=1e-3, backend="torch")
+    assert module(logits, targets, ious) == rank_sort_loss(logits, targets, ious, delta=0.25, eps=1e-3, backend="torch")
+    assert repr(module) == "RankSortLoss(delta=0.25, eps=0.001, background=None, ignore_index=-1, backend='torch')"
+    assert repr(APLoss()) == "APLoss(interpolate=True, delta=1.0, background=None, ignore_index=-1, backend='auto')"
+
+
+@pytest.mark.parametrize("name", ["random", "ties_at_knots", "hard_step", "more_than_a_block", "nothing_ignored"])
+def test_published_interfaces(name: str) -> None:
+    """Positional, in the published order, with what the published loops give."""
+    case = FINITE[name]
+    logits = torch.tensor(case.logits, requires_grad=True)
+    targets, errors = torch.tensor(case.targets), torch.tensor(case.box_errors, requires_grad=True)
+    expected = loop.alrp_loss(*case)
+    loss, rank, order = compat.aLRPLoss.apply(logits, targets, errors, case.delta, case.eps)
+    assert_near(loss, expected.classification, 1e-6)
+    assert_near(torch.autograd.grad(loss, logits)[0], expected.grad_logits, 1e-6)
+    assert not rank.requires_grad
+    from_best = order.detach().flip(dims=[0])
+    box = (errors[from_best].cumsum(0) / rank[from_best]).mean()
+    if "ties" not in name:  # whose order the published code leaves to the sort
+        assert_near(box, expected.localisation, 1e-6)
+    (box * 50).backward()
+    assert errors.grad is not None
+
+    of_ap = loop.ap_loss(case.logits, case.targets, True, case.delta)
+    loss = compat.APLoss.apply(logits, targets, case.delta)
+    assert_near(loss, of_ap.loss, 1e-6)
+    assert_near(torch.autograd.grad(loss, logits)[0], of_ap.grad_logits, 1e-6)
+
+    graded = targets.float()
+    graded[targets == 1] = torch.tensor(ious_of(case))
+    wanted = loop.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
+    ranking, sorting = compat.RankSort.apply(logits, graded, case.delta, 1e-10)
+    assert_near(ranking, wanted.ranking, 1e-6)
+    assert_near(sorting, wanted.sorting, 1e-6)
+    (gradient,) = torch.autograd.grad(ranking + sorting, logits)
+    assert_near(gradient, wanted.grad_ranking + wanted.grad_sorting, 1e-6)
+
+
+AP: dict[str, Any] = {"logits": torch.zeros(6), "targets": torch.tensor([1, 0, 0, -1, 1, 0])}
+GRADED: dict[str, Any] = {"logits": torch.zeros(6), "targets": torch.tensor([0.5, 0, 0, -1, 1, 0])}
+
+
+@pytest.mark.parametrize(
+    ("function", "base", "change", "error", "message"),
+    [
+        (ap_loss, AP, {"logits": [0.0]}, TypeError, "logits must be a torch.Tensor, got list"),
+        (ap_loss, AP, {"targets": torch.zeros(5)}, ValueError, r"targets must have the shape of logits, \(6,\)"),
+        (ap_loss, AP, {"targets": torch.full((6,), 3)}, ValueError, r"dense targets must be 1 .*got \[3\] among 6"),
+        (ap_loss, AP, {"interpolate": 1}, TypeError, "interpolate must be True or False, got int"),
+        (ap_loss, AP, {"delta": -1}, ValueError, "delta must be at least 0"),
+        (ap_loss, AP, {"num_positives": 3}, ValueError, "num_positives is 3, but targets mark 2 positives"),
+        (ap_loss, AP, {"num_positives": -1}, ValueError, "num_positives must be at least 0 and at most 6, got -1"),
+        (ap_loss, AP, {"num_positives": 2.0}, TypeError, "num_positives must be an int, got float"),
+        (ap_loss, AP, {"backend": "gpu"}, ValueError, "backend must be one of"),
+        (rank_sort_loss, GRADED, {"targets": torch.tensor([0.5, 0, 0, -1, 3.0, 0])}, ValueError, r"must be an IoU above 0 .*got \[3.0\]"),
+        (rank_sort_loss, GRADED, {"targets": torch.tensor([0.5, 0, 0, -0.5, 1, 0])}, ValueError, r"must be an IoU .*got \[-0.5\] among 1"),
+        (rank_sort_loss, GRADED, {"targets": torch.tensor([0.5, 0, 0, torch.nan, 1, 0])}, ValueError, r"must be an IoU .*got \[nan\]"),
+        (rank_sort_loss, GRADED, {"logits": torch.zeros(6, 3)}, ValueError, r"targets without ious must have the shape of logits, \(6, 3\)"),
+        (rank_sort_loss, GRADED, {"ious": torch.rand(2)}, ValueError, r"dense targets must be 1 .*got \[0.5\] among 1"),
+        (rank_sort_loss, AP, {"ious": torch.rand(3)}, ValueError, "got 3 ious, but targets mark 2 positives"),
+        (rank_sort_loss, AP, {"ious": torch.rand(2, 1)}, ValueError, r"ious must have shape \(P,\)"),
+        (rank_sort_loss, AP, {"ious": torch.ones(2, dtype=torch.int64)}, TypeError, "ious must be float16.*got int64"),
+        (rank_sort_loss, AP, {"ious": [0.5, 0.5]}, TypeError, "ious must be a torch.Tensor, got list"),
+        (rank_sort_loss, AP, {"ious": torch.rand(2), "num_positives": 2}, ValueError, "num_positives must not be given beside ious.*got 2"),
+        (rank_sort_loss, GRADED, {"num_positives": 1}, ValueError, "num_positives is 1, but targets mark 2 positives"),
+        (rank_sort_loss, GRADED, {"eps": -1e-3}, ValueError, "eps must be at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_input(function: Callable[..., Any], base: dict[str, Any], change: dict[str, Any], error: type[Exception], message: str) -> None:  # fmt: skip
+    with pytest.raises(error, match=message):
+        function(**base | change)
+    function(**base)
+
+
+def test_bad_settings_of_modules() -> None:
+    with pytest.raises(TypeError, match="interpolate must be True or False, got str"):
+        APLoss(interpolate="yes")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="eps must be at least 0"):
+        RankSortLoss(eps=-1)
+    assert alrp_triton.APLoss().delta == 1.0
+    assert alrp_triton.RankSortLoss().delta == 0.5
