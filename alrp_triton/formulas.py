@@ -37,7 +37,7 @@ def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_
 
 
 def precision_error(false_positives, positives_above, at_zero):
-    """1 - precision of AP Loss (Chen et al., CVPR 2019, Equations 3 to 6) for positive i.
+    """1 - precision of AP Loss (Chen et al., CVPR 2019, Section 3) for positive i.
 
     Args:
         false_positives: FP_i = sum of H_ij over negatives j.
@@ -51,7 +51,7 @@ def precision_error(false_positives, positives_above, at_zero):
 
 
 def rank_sort(false_positives, kept, kept_error, missorted, missorted_error, eps, where):
-    """Rank & Sort Loss (Oksuz et al., ICCV 2021, Equations 3 to 9) for positive i, which counts itself by h(0).
+    """Rank & Sort Loss (Oksuz et al., ICCV 2021, Section 4) for positive i, which counts itself by h(0).
 
     Args:
         false_positives: FP_i = sum of H_ij over negatives j.

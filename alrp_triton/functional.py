@@ -182,7 +182,7 @@ def ap_loss(
 
     Reference:
         Chen, Li, Lin, See, Wang, Duan, Chen, He, Zou: "Towards Accurate One-Stage Object Detection with AP-Loss",
-        CVPR 2019, arXiv:1904.06373; Sections 3.2 to 3.4. Interpolation: the published implementation.
+        CVPR 2019, arXiv:1904.06373; Section 3. Interpolation: the published implementation.
     """
     check_tensor("logits", logits, "floating")
     check_bool("interpolate", interpolate)
@@ -255,7 +255,7 @@ def rank_sort_loss(
 
     Reference:
         Oksuz, Cam, Akbas, Kalkan: "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021,
-        arXiv:2107.11669; Section 4, Equations 3 to 9.
+        arXiv:2107.11669; Section 4.
     """
     check_tensor("logits", logits, "floating")
     if ious is not None:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from alrp_triton import alrp_loss
+from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.backends import torch_binned
 from alrp_triton.functional import EPS
 from alrp_triton.operators import Backend
@@ -19,6 +19,7 @@ from .problems import Problem, Size
 
 LOOP, DENSE, BUCKETED, SEARCH = "published loop", "dense matrix", "bucketed", "plain bucketize"
 FOCAL, FLOOR = "sigmoid focal loss", "copy of the same bytes"
+ALRP, AP, RANK_SORT = "aLRP Loss", "AP Loss", "Rank & Sort Loss"
 BASELINES = (LOOP, DENSE, BUCKETED, SEARCH, FOCAL, FLOOR)
 LOOP_PAIRS, DENSE_PAIRS = 3_000_000_000, 200_000_000
 RULE = (
@@ -36,8 +37,15 @@ class Step(NamedTuple):
     grad_box_errors: Tensor
 
 
-# One training step of a loss, or what stands beside it; None if that is no aLRP Loss.
-Contender = Callable[[], Step | None]
+class LogitsStep(NamedTuple):
+    """Result of a loss of the logits alone."""
+
+    losses: Tensor  # (number of parts,)
+    grad_logits: Tensor  # of their sum
+
+
+# One training step of a loss, or what stands beside it; None if that is no loss of this package.
+Contender = Callable[[], Step | LogitsStep | None]
 
 
 def _take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Step:
@@ -45,6 +53,26 @@ def _take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Ste
     classification, localisation = loss(*problem[:3], delta=problem.delta, eps=EPS)[:2]
     gradients = torch.autograd.grad(classification + localisation, (problem.logits, problem.box_errors))
     return Step(classification.detach(), localisation.detach(), *gradients)
+
+
+def _logits_step(losses: tuple[Tensor, ...], problem: Problem) -> LogitsStep:
+    parts = torch.stack(losses)
+    return LogitsStep(parts.detach(), *torch.autograd.grad(parts.sum(), problem.logits))
+
+
+def ious_of(problem: Problem) -> Tensor:
+    """IoUs of the positives, in (0, 1]."""
+    return 1 - problem.box_errors.detach()
+
+
+def family(problem: Problem) -> dict[str, Contender]:
+    """All losses of the family on one problem, each at the step that it is published with."""
+    logits, targets, errors, delta = problem
+    return {
+        ALRP: partial(_take_step, alrp_loss, problem),
+        AP: lambda: _logits_step((ap_loss(logits, targets, delta=delta, num_positives=errors.numel()),), problem),
+        RANK_SORT: lambda: _logits_step(rank_sort_loss(logits, targets, ious_of(problem), delta=delta / 2), problem),
+    }
 
 
 def _plain_search(problem: Problem) -> Step:
@@ -89,7 +117,9 @@ def contenders(size: Size, problem: Problem) -> dict[str, Contender]:
         name: partial(_take_step, partial(alrp_loss, backend=name), problem) for name in backends(problem.logits.device)
     }
     pairs = size.anchors * size.positives
-    if size.group == "worst cases":
+    if size.group == "family":
+        found = family(problem)
+    elif size.group == "worst cases":
         found[SEARCH] = partial(_plain_search, problem)
     else:
         ways = {LOOP: pairs <= LOOP_PAIRS, DENSE: pairs <= DENSE_PAIRS, BUCKETED: True}

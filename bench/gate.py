@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from alrp_triton.functional import EPS
-from reference.dense import alrp_loss as dense_alrp_loss
+from reference import dense as reference
 
-from .contenders import BUCKETED, Step, contenders
+from .contenders import AP, BUCKETED, RANK_SORT, LogitsStep, Step, contenders, family, ious_of
 from .problems import Problem, Size, make_problem
 
 TOLERANCE = 1e-5  # float32 sums over 1e6 negatives and 1e3 positives stay well below
@@ -35,7 +35,9 @@ class Check:
         return self.difference <= (TOLERANCE if exact else 1.0) and self.imbalance <= TOLERANCE
 
 
-def _check(problem: Problem, contender: str, step: Step, against: str, expected: Step) -> Check:
+def _check(
+    problem: Problem, contender: str, step: Step | LogitsStep, against: str, expected: Step | LogitsStep
+) -> Check:
     pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(step, expected, strict=True)]
     differences = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
     worst = int(differences.argmax())  # NaN counts as the largest
@@ -43,7 +45,19 @@ def _check(problem: Problem, contender: str, step: Step, against: str, expected:
     gradient = step.grad_logits.double()
     imbalance = float(gradient.sum().abs() / gradient.abs().sum())
     sizes = problem.logits.numel(), problem.box_errors.numel(), problem.delta
-    return Check(*sizes, contender, against, Step._fields[worst], float(differences[worst]), imbalance)
+    return Check(*sizes, contender, against, step._fields[worst], float(differences[worst]), imbalance)
+
+
+def _oracle(problem: Problem) -> dict[str, LogitsStep]:
+    """AP Loss and Rank & Sort Loss by the oracle, at the steps of :func:`.contenders.family`."""
+    logits, targets = (tensor.detach().cpu().numpy() for tensor in problem[:2])
+    of_ap = reference.ap_loss(logits, targets, delta=problem.delta)
+    of_rs = reference.rank_sort_loss(logits, targets, ious_of(problem).cpu().numpy(), problem.delta / 2)
+    losses = torch.tensor([of_rs.ranking, of_rs.sorting])
+    return {
+        AP: LogitsStep(torch.tensor([of_ap.loss]), torch.as_tensor(of_ap.grad_logits)),
+        RANK_SORT: LogitsStep(losses, torch.as_tensor(of_rs.grad_ranking + of_rs.grad_sorting)),
+    }
 
 
 def check(device: torch.device, seed: int) -> list[Check]:
@@ -54,11 +68,15 @@ def check(device: torch.device, seed: int) -> list[Check]:
             size = Size("gate", anchors, positives, delta)
             problem = make_problem(size, device, seed, ignored)
             arrays = (tensor.detach().cpu().numpy() for tensor in problem[:3])
-            oracle = dense_alrp_loss(*arrays, delta=delta, eps=EPS)
+            oracle = reference.alrp_loss(*arrays, delta=delta, eps=EPS)
             expected = Step(*(torch.as_tensor(getattr(oracle, name)) for name in Step._fields))
             for name, contender in contenders(size, problem).items():
                 if (step := contender()) is not None:
                     checks.append(_check(problem, name, step, "oracle", expected))
+            losses = family(problem)
+            for name, wanted in _oracle(problem).items():
+                if (step := losses[name]()) is not None:
+                    checks.append(_check(problem, name, step, "oracle", wanted))
         size = Size("gate", 1_000_000, 100, delta)
         problem = make_problem(size, device, seed)
         steps = {name: contender() for name, contender in contenders(size, problem).items()}

@@ -71,6 +71,7 @@ def sizes(quick: bool, cuda: bool) -> list[Size]:
         *(Size("delta", 1_000_000, 300, delta) for delta in (0.0, 0.01, 0.1, 0.5, 1.0, 2.0)),
         *(Size("scores", 1_000_000, 300, 1.0, scores) for scores in SCORES),
         *(Size("worst cases", 1_000_000, 3000, 1.0, scores) for scores in WORST),
+        *(Size("family", *of) for of in ((100_000, 100), (1_000_000, 300), (3_000_000, 1000), (3_000_000, 4000))),
         *(Size("cases", *size, 1.0, "mid-training", case) for case, size in CASES.items()),
     ]
 

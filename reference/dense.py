@@ -90,7 +90,7 @@ def _divide(numerator: Array, denominator: Array, where: NDArray[np.bool_]) -> A
 
 
 def ap_loss(logits: ArrayLike, targets: ArrayLike, interpolate: bool = True, delta: float = 1.0) -> APResult:
-    """Equations 3 to 8 of Chen et al. (CVPR 2019), with the weights of interpolation as published."""
+    """Section 3 of Chen et al. (CVPR 2019), with the weights of interpolation as published."""
     s, t = np.asarray(logits, np.float64).ravel(), np.asarray(targets).ravel()
     (positives,), (negatives,) = np.nonzero(t == 1), np.nonzero(t == 0)
     count, grad = len(positives), np.zeros_like(s)
@@ -106,7 +106,7 @@ def ap_loss(logits: ArrayLike, targets: ArrayLike, interpolate: bool = True, del
     if interpolate:  # the greatest of all positives that do not score higher
         not_higher = s[positives][None, :] <= s[positives][:, None]
         best = np.where(not_higher, precision[None, :], -np.inf).max(axis=1) if np.isfinite(rank).all() else precision
-    # Equation 8 and its weight: a share of each pair, L_ij = H_ij / rank_i.
+    # A share of each pair, L_ij = H_ij / rank_i.
     weight = np.where(precision == 1, 1.0, _divide(1 - best, 1 - precision, precision != 1))
     grad[positives] = -(1 - best) / count
     grad[negatives] = (weight / rank) @ to_negatives / count
@@ -116,7 +116,7 @@ def ap_loss(logits: ArrayLike, targets: ArrayLike, interpolate: bool = True, del
 def rank_sort_loss(
     logits: ArrayLike, targets: ArrayLike, ious: ArrayLike, delta: float = 0.5, eps: float = 1e-10
 ) -> RankSortResult:
-    """Equations 3 to 9 of Oksuz et al. (ICCV 2021); targets 1 positive, 0 negative, -1 ignored."""
+    """Section 4 of Oksuz et al. (ICCV 2021); targets 1 positive, 0 negative, -1 ignored."""
     s, t = np.asarray(logits, np.float64).ravel(), np.asarray(targets).ravel()
     grades = np.asarray(ious, np.float64)
     (positives,), (negatives,) = np.nonzero(t == 1), np.nonzero(t == 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import baselines, gate, model, timing
-from bench.contenders import BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH, Step, contenders
+from bench.contenders import ALRP, AP, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, RANK_SORT, SEARCH, Step, contenders
 from bench.problems import CASES, SCORES, WORST, Problem, Size, make_problem, sizes
 from reference import dense
 
@@ -55,7 +55,7 @@ def test_buckets_are_an_approximation_where_the_step_is_soft() -> None:
 def test_gate_catches_a_lost_negative_and_a_nan() -> None:
     size, problem = small()
     right = contenders(size, problem)["torch"]()
-    assert right is not None
+    assert isinstance(right, Step)
     check = partial(gate._check, problem, "x")  # pyright: ignore[reportPrivateUsage]
     assert check(right, "itself", right).passed
     gradient = right.grad_logits
@@ -80,6 +80,7 @@ def test_contenders_follow_the_stated_rule() -> None:
     assert LOOP in names(Size("x", 3_000_000, 1000))
     assert DENSE not in names(Size("x", 3_000_000, 1000))
     assert LOOP not in names(Size("x", 3_000_001, 1000))
+    assert names(Size("family", 10, 5)) >= {ALRP, AP, RANK_SORT, FLOOR}
     assert names(Size("worst cases", 10, 5)) >= {"torch", "numba", SEARCH}
     assert {size.case for size in sizes(quick=False, cuda=False)} >= set(CASES)
 

@@ -43,7 +43,7 @@ def run_rank_sort(case: Case, backend: Backend = "auto", device: str = "cpu", dt
     targets, ious = torch.tensor(case.targets, device=device), torch.tensor(ious_of(case), device=device)
     out = rank_sort_loss(logits, targets, ious, delta=case.delta, backend=backend)
     of_ranking, of_sorting = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in out)
-    return *out, of_ranking, of_sorting
+    return out.ranking, out.sorting, of_ranking, of_sorting
 
 
 def tolerance_of(name: str, backend: Backend) -> float:
