@@ -33,7 +33,8 @@ def balance_by_value(classification: Tensor, box: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: losses that are not 0-d floating tensors.
 
-    Reference: Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021 (balance by value), and the published implementation.
+    Reference: Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021, where it is
+    the balancing by value, and the published implementation.
     """
     _check_losses(classification=classification, box=box)
     with torch.no_grad():

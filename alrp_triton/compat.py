@@ -40,7 +40,7 @@ class aLRPLoss:  # noqa: N801 (the published name)
 
 
 class APLoss:
-    """In place of ``APLoss`` of github.com/kemaloksuz/aLRPLoss and github.com/cccorn/AP-loss."""
+    """In place of ``APLoss`` of github.com/kemaloksuz/aLRPLoss and github.com/kemaloksuz/RankSortLoss."""
 
     @staticmethod
     def apply(logits: Tensor, targets: Tensor, delta: float = DELTA) -> Tensor:

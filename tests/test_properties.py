@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alrp_triton import ComparisonMatrix
+from alrp_triton import ComparisonMatrix, ap_loss, rank_sort_loss
 from reference import comparison_matrix
 from reference.dense import alrp_loss as oracle
+from reference.dense import ap_loss as ap_oracle
+from reference.dense import rank_sort_loss as rank_sort_oracle
 from tests.cases import make
 from tests.compare import assert_near
 from tests.conftest import DEVICE
@@ -36,6 +38,34 @@ def test_loss_against_the_oracle(entries: list[tuple[float, int, float]], delta:
     ]
     if not near:
         assert_matches(*run(case, "torch", DEVICE), expected, 2e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    entries=st.lists(
+        st.tuples(LOGITS, st.sampled_from([1, 0, 0, -1]), st.integers(0, 8).map(lambda k: k / 8)), max_size=40
+    ),
+    delta=DELTAS,
+    interpolate=st.booleans(),
+)
+def test_ap_and_rank_sort_against_the_oracle(entries: list[tuple[float, int, float]], delta: float, interpolate: bool) -> None:  # fmt: skip
+    logits = np.array([e[0] for e in entries], np.float32)
+    targets = np.array([e[1] for e in entries], np.int64)
+    ious = np.array([e[2] for e in entries if e[1] == 1], np.float32)
+    x, t = torch.tensor(logits, device=DEVICE, requires_grad=True), torch.tensor(targets, device=DEVICE)
+    of_ap, of_rs = ap_oracle(logits, targets, interpolate, delta), rank_sort_oracle(logits, targets, ious, delta, 1e-5)
+    loss = ap_loss(x, t, interpolate=interpolate, delta=delta, backend="torch")
+    assert_near(loss, of_ap.loss, 2e-6)
+    assert_near(torch.autograd.grad(loss, x)[0], of_ap.grad_logits, 2e-6)
+    out = rank_sort_loss(x, t, torch.tensor(ious, device=DEVICE), delta=delta, eps=1e-5, backend="torch")
+    positives = logits[targets == 1]
+    sums = comparison_matrix(positives, logits[targets == 0], delta).sum(1)
+    lower = comparison_matrix(positives, positives, delta) * (ious[None, :] < ious[:, None])
+    if not any(0.9e-5 < h < 1.1e-5 for h in (*sums, *lower.sum(1))):  # where the update jumps
+        for part in ("ranking", "sorting"):
+            (gradient,) = torch.autograd.grad(getattr(out, part), x, retain_graph=True)
+            assert abs(float(getattr(out, part).detach()) - getattr(of_rs, part)) <= 1e-6
+            assert np.abs(gradient.cpu().numpy() - getattr(of_rs, f"grad_{part}")).max(initial=0) <= 1e-6
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,7 +1,8 @@
-"""The README is true: its table comes from the result file, its commands exist, its example runs."""
+"""README and docs are true: tables come from result files, commands and links exist, examples run."""
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +16,12 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_those_of_the_result_files() -> None:
     for page in pages():
         text = page.read_text()
-        assert text.count("<!-- end -->") >= 3
+        assert "<!-- end -->" in text
         assert fill(text) == text, f"{page.name}: make tables"
 
 
 def test_links_and_plots_exist() -> None:
-    for page in pages():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -29,3 +30,26 @@ def test_commands_are_targets() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z0-9-]+)", README)) <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_example_runs() -> None:
+    code = examples(README)[0]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["logits"].grad.abs().sum() > 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_examples_of_the_docs_run(page: Path) -> None:
+    """One after the other, in one place."""
+    if page.stem == "metrics":
+        pytest.importorskip("torchmetrics")
+        pytest.importorskip("faster_coco_eval")
+    names: dict[str, object] = {}
+    for code in examples(page.read_text()):
+        exec(code, names)
+    assert page.stem == "performance" or "torch" in names or "np" in names
