@@ -35,9 +35,10 @@ entry is NaN. Results are bitwise repeatable on the CPU and in the Triton kernel
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -151,38 +152,16 @@ def _below_grades(rows: Tensor, grades: Tensor, weights: Tensor, delta: float, b
     return _module(f"{_family(backend, rows)}_graded").below_grades(rows, grades, weights, delta)
 
 
-def _losses(backend: str, like: Tensor) -> ModuleType:
-    return _module("triton_losses" if _family(backend, like) == "triton" else "losses")
+def _terms_of(loss: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        *of_loss, backend = arguments
+        module = "triton_losses" if _family(backend, of_loss[0]) == "triton" else "losses"
+        return getattr(_module(module), f"{loss}_terms")(*of_loss)
+
+    return kernel
 
 
-def _alrp_terms(
-    false_positives: Tensor,
-    among: Tensor,
-    box_errors: Tensor,
-    order: Tensor,
-    at_zero: float,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _losses(backend, among).alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype)
-
-
-def _ap_terms(
-    false_positives: Tensor,
-    positives_above: Tensor,
-    at_zero: float,
-    interpolate: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _losses(backend, positives_above).ap_terms(false_positives, positives_above, at_zero, interpolate, dtype)
-
-
-def _rank_sort_terms(
-    false_positives: Tensor, among: Tensor, eps: float, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _losses(backend, among).rank_sort_terms(false_positives, among, eps, dtype)
+_alrp_terms, _ap_terms, _rank_sort_terms = map(_terms_of, ("alrp", "ap", "rank_sort"))
 
 
 def _classify(
