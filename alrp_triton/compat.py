@@ -18,11 +18,11 @@ class aLRPLoss:  # noqa: N801 (the published name)
     def apply(
         logits: Tensor, targets: Tensor, regression_losses: Tensor, delta: float = DELTA, eps: float = EPS
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ALRP Loss of the classification branch; the caller makes that of the box branch from the ranks.
+        """The aLRP Loss of the classification branch; the caller makes that of the box branch from the ranks.
 
         Args:
             logits: scores of all anchors and classes, any shape.
-            targets: the same shape: 1 positive, 0 negative, -1 ignored.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, see there.
             regression_losses: localisation errors of the positives, ``(P,)``; not differentiated.
             delta: half-width of the step.
             eps: as for :func:`alrp_triton.alrp_loss`.
@@ -48,7 +48,7 @@ class APLoss:
 
         Args:
             logits: scores of all anchors and classes, any shape.
-            targets: the same shape: 1 positive, 0 negative, -1 ignored.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, see there.
             delta: half-width of the step.
 
         Returns:
@@ -74,7 +74,7 @@ class RankSort:
 
         Args:
             logits: scores of all anchors and classes, any shape.
-            targets: the same shape: the IoU of a positive, 0 negative, -1 ignored.
+            targets: the same shape, floating: the IoU of a positive, 0 negative, -1 ignored.
             delta_RS: half-width of the step.
             eps: as for :func:`alrp_triton.rank_sort_loss`.
 

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from . import autograd
 from .autograd import Formula, RankingLoss, Settings
-from .checks import check_bool, check_delta, check_integer, check_number, check_same_device, check_tensor
+from .checks import (
+    check_bool,
+    check_delta,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_tensor,
+    check_values,
+)
+from .formulas import MOST_GRADE
 from .operators import Backend, check_backend
 from .targets import IGNORE_INDEX, check_form, classify
 
@@ -132,6 +141,18 @@ def alrp_loss(
     return ALRPLossOutput(*RankingLoss.apply(logits, box_errors, negatives, positives, settings))
 
 
+def _check_ious(ious: Tensor) -> None:
+    """NaN is let through, and shows in the loss."""
+    outside = (ious < 0) | (ious > MOST_GRADE)
+
+    def error() -> ValueError:
+        return ValueError(
+            f"ious must be in [0, 1], got {ious[outside][:5].tolist()} among {int(outside.sum())} values that are not"
+        )
+
+    check_values(~outside.any(), error, "alrp_triton: ious must be in [0, 1]")
+
+
 def ap_loss(
     logits: Tensor,
     targets: Tensor,
@@ -249,9 +270,10 @@ def rank_sort_loss(
     an IoU that is not, make ``sorting`` NaN, too.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: as :func:`alrp_loss`, with ``ious`` in place of the box errors; ``num_positives`` beside ``ious``,
-            or not the number of positives.
+        TypeError: an argument of the wrong type or dtype; targets that are not floating, without ``ious``.
+        ValueError: as :func:`alrp_loss`, with ``ious`` in place of the box errors; ``ious`` out of range (by more than
+            rounding; on a GPU an asynchronous device assertion); ``num_positives`` beside ``ious``, or not the number
+            of positives.
 
     Reference:
         Oksuz, Cam, Akbas, Kalkan: "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021,
@@ -260,6 +282,7 @@ def rank_sort_loss(
     check_tensor("logits", logits, "floating")
     if ious is not None:
         _check_logits_and("ious", logits, ious)
+        _check_ious(ious)
         if num_positives is not None:
             raise ValueError(f"num_positives must not be given beside ious, which tell it; got {num_positives}")
     elif num_positives is not None:

@@ -39,6 +39,10 @@ def check_form(
     check_tensor("targets", targets, "target")
     check_same_device(logits=logits, targets=targets)
     check_indices(background, ignore_index)
+    if graded and targets.shape == logits.shape and not targets.is_floating_point():
+        raise TypeError(
+            f"targets without ious hold the IoUs of the positives and must be floating, got {describe(targets)}"
+        )
     if targets.shape == logits.shape:
         if background is not None or ignore_index != IGNORE_INDEX:
             raise ValueError(
@@ -55,7 +59,8 @@ def check_form(
     if logits.ndim < 2 or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of logits, {tuple(logits.shape)} (dense), or that shape without its last "
-            f"dimension (class indices), got {tuple(targets.shape)}"
+            f"dimension (class indices; classes come last: permute (B, C, H, W) to (B, H, W, C)), got "
+            f"{tuple(targets.shape)}"
         )
     if targets.dtype not in INTEGER_DTYPES:
         raise TypeError(f"class-index targets must have an integer dtype, got {describe(targets)}")

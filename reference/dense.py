@@ -49,6 +49,7 @@ def comparison_matrix(rows: ArrayLike, columns: ArrayLike, delta: float) -> Arra
         return np.clip(distance / (2 * delta) + 0.5, 0, 1)
 
 
+@np.errstate(invalid="ignore")  # a box error that is not finite makes NaN of all sums
 def alrp_loss(
     logits: ArrayLike, targets: ArrayLike, box_errors: ArrayLike, delta: float = 1.0, eps: float = 1e-5
 ) -> Result:

@@ -110,6 +110,8 @@ def _not_finite() -> dict[str, Case]:
         "minus_inf_positive": _with(base, 1, 4, -np.inf),
         "minus_inf_positive_hard": _with(base, 1, 4, -np.inf)._replace(delta=0.0),
         "nan_box_error": base._replace(box_errors=broken),
+        "inf_box_error": make([1.0, 2.0, 0.3, 0.2, 0.0, -0.5], [1, 1, 0, 0, -1, 0], box_errors=[0.5, np.inf]),
+        "minus_inf_box_error": make([1.0, 1.0, 0.3, 0.2, 0.0, -0.5], [1, 1, 0, 0, -1, 0], box_errors=[-np.inf, 0.5]),
     }
 
 

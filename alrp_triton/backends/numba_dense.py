@@ -122,12 +122,14 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     return out
 
 
+@np.errstate(invalid="ignore")
 def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
     """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
     s, v, out = rows.numpy(), values.numpy(), np.zeros((3, rows.numel()))
     _sum_columns(s, s, None, scale_of(delta), out[0])
     _sum_columns(s, s, v, scale_of(delta), out[1])
     _sum_columns(s, s, v, 0.0, out[2])
+    out[1:] += (v * 0).sum()
     return torch.from_numpy(out)
 
 

@@ -13,7 +13,8 @@ from .lrp import optimal_lrp as optimal_lrp
 if TYPE_CHECKING:
     from .detection import OptimalLRP as OptimalLRP
 
-__all__ = ["LRPErrors", "LRPResult", "OptimalLRP", "coco_lrp", "coco_olrp", "lrp_at", "lrp_curve", "optimal_lrp"]
+# Not OptimalLRP: a star would import torchmetrics.
+__all__ = ["LRPErrors", "LRPResult", "coco_lrp", "coco_olrp", "lrp_at", "lrp_curve", "optimal_lrp"]
 
 
 def __getattr__(name: str) -> object:

@@ -123,7 +123,9 @@ def _evaluate(
     tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
     close = np.flatnonzero(np.isclose(params.iouThrs, tau, rtol=0, atol=1e-9))
     if close.size == 0:
-        raise ValueError(f"tau must be among params.iouThrs of the evaluation, {list(params.iouThrs)}, got {tau}")
+        raise ValueError(
+            f"tau must be among params.iouThrs of the evaluation, {np.asarray(params.iouThrs).tolist()}, got {tau}"
+        )
     most = params.maxDets[-1]
     kept = most if max_dets is None else check_integer("max_dets", max_dets, 1, most)
     classes = np.array(params.catIds if params.useCats else [-1], np.int64)

@@ -226,5 +226,5 @@ def _load(backend: Backend) -> tuple[Any, Any, dict[str, bool]]:
         )
     except ImportError as error:
         raise ImportError(
-            f"backend {backend!r} is not installed: pip install 'alrp-triton[metrics]', or pip install {backend}"
+            f"backend {backend!r} is not installed: pip install {home.partition('.')[0].replace('_', '-')}"
         ) from error

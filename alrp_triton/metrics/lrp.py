@@ -46,19 +46,23 @@ def lrp_curve(scores: ArrayLike, is_tp: ArrayLike, ious: ArrayLike, num_truths: 
         Arrays (D,), float64. All NaN without ground truths.
 
     Raises:
-        TypeError: ``tau`` is no number. ValueError: shapes that do not fit, more true positives than ground truths,
-            ``tau`` out of range.
+        TypeError: ``is_tp`` is not bool, ``tau`` no number. ValueError: shapes that do not fit, scores that are NaN,
+            more true positives than ground truths, ``tau`` out of range.
     """
-    score, tp, iou = np.asarray(scores, np.float64), np.asarray(is_tp, np.bool_), np.asarray(ious, np.float64)
+    score, tp, iou = np.asarray(scores, np.float64), np.asarray(is_tp), np.asarray(ious, np.float64)
+    if tp.size and tp.dtype != np.bool_:
+        raise TypeError(f"is_tp must be bool, got {tp.dtype}")
     if not (score.ndim == 1 and score.shape == tp.shape == iou.shape):
         raise ValueError(
             f"scores, is_tp and ious must have one shape (D,), got {score.shape}, {tp.shape} and {iou.shape}"
         )
+    if np.isnan(score).any():
+        raise ValueError(f"scores must be numbers, got NaN for {int(np.isnan(score).sum())} of {len(score)}")
     if not tp.sum() <= num_truths:
         raise ValueError(f"num_truths must be at least the number of true positives, got {num_truths} and {tp.sum()}")
     tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
     order = np.argsort(-score, kind="stable")
-    score, tp = score[order], tp[order]
+    score, tp = score[order], tp[order].astype(np.bool_)
     if num_truths == 0:
         undefined = np.full(len(score), np.nan)
         return LRPErrors(undefined, undefined, undefined, undefined, score)
