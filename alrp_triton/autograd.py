@@ -135,7 +135,8 @@ class RankingLoss(torch.autograd.Function):
             matrix, values.double().index_select(0, order), order, settings, dtype, ctx.needs_input_grad[0]
         )
         ctx.settings = settings
-        ctx.save_for_backward(logits, values, negatives, scores, order, positives.index_select(0, order), *terms[3:])
+        kept = values if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(logits, kept, negatives, scores, order, positives.index_select(0, order), *terms[3:])
         ctx.set_materialize_grads(False)
         wants_first, wants_values = ctx.needs_input_grad[:2]
         wants_second = wants_first if terms.of_rank is None else wants_values

@@ -8,6 +8,7 @@ differs. New code is better off with :func:`alrp_triton.alrp_loss`, :func:`alrp_
 
 from torch import Tensor
 
+from .checks import check_tensor
 from .functional import DELTA, DELTA_RS, EPS, EPS_RS, alrp_loss, ap_loss, rank_sort_loss
 
 
@@ -35,6 +36,7 @@ class aLRPLoss:  # noqa: N801 (the published name)
         Raises:
             TypeError, ValueError: see :func:`alrp_triton.alrp_loss`.
         """
+        check_tensor("regression_losses", regression_losses, "floating")
         out = alrp_loss(logits, targets, regression_losses.detach(), delta=delta, eps=eps)
         return out.classification, out.rank, out.order
 

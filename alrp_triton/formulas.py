@@ -8,8 +8,8 @@ and :mod:`.backends.triton_losses` compiles the same text into a kernel.
 # Triton's compiler reads annotations too, and knows none that NumPy has.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
-MOST_GRADE = 1 + 2.0**-10
-"""The greatest IoU that is taken for one: rounding may lift 1 a little, and a class index is no IoU."""
+MOST_GRADE = 1 + 2.0**-7
+"""The greatest IoU that is taken for one: rounding may lift 1, by so much in bfloat16, and a class index is no IoU."""
 
 
 def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_zero, eps, where):
@@ -71,6 +71,7 @@ def rank_sort(false_positives, kept, kept_error, missorted, missorted_error, eps
     ranking = false_positives / (above + false_positives)
     # Current minus target, (kept_error + missorted_error) / above - kept_error / kept, without their difference.
     sorting = (missorted_error - missorted * (kept_error / kept)) / above
+    sorting = where(sorting < 0, 0.0, sorting)  # by rounding; NaN stays
     ranked = false_positives <= eps  # NaN is not
     sorted_ = missorted <= eps
     return (

@@ -267,7 +267,7 @@ def rank_sort_loss(
 
     Defined behaviour: that of :func:`alrp_loss` for no positives, no negatives, ties and second derivatives. NaN in a
     negative's logit makes ``ranking`` NaN and all gradients that come of it; a positive's logit that is not finite, and
-    an IoU that is not, make ``sorting`` NaN, too.
+    an IoU that is NaN, make both results NaN, and all gradients that come of them.
 
     Raises:
         TypeError: an argument of the wrong type or dtype; targets that are not floating, without ``ious``.
@@ -292,6 +292,5 @@ def rank_sort_loss(
     known = (num_positives, "num_positives") if ious is None else (ious.numel(), "ious")
     negatives, positives = classify(targets, form, *known, backend)
     if ious is None:
-        picked = targets.reshape(-1).index_select(0, positives)
-        ious = picked if picked.is_floating_point() else picked.float()
+        ious = targets.reshape(-1).index_select(0, positives)
     return RankSortLossOutput(*RankingLoss.apply(logits, ious.detach(), negatives, positives, settings)[:2])

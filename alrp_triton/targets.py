@@ -89,7 +89,7 @@ def classify(
         ValueError: values of targets that mean nothing, or another number of positives than ``count``. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    classes = form.num_classes
+    targets, classes = targets.detach(), form.num_classes
     if form.graded:
         meaning = "dense targets must be an IoU above 0 and up to 1 (positive), 0 (negative) or -1 (ignored)"
     elif classes is None:

@@ -49,7 +49,6 @@ def comparison_matrix(rows: ArrayLike, columns: ArrayLike, delta: float) -> Arra
         return np.clip(distance / (2 * delta) + 0.5, 0, 1)
 
 
-@np.errstate(invalid="ignore")  # a box error that is not finite makes NaN of all sums
 def alrp_loss(
     logits: ArrayLike, targets: ArrayLike, box_errors: ArrayLike, delta: float = 1.0, eps: float = 1e-5
 ) -> Result:
@@ -57,6 +56,8 @@ def alrp_loss(
     s = np.asarray(logits, np.float64).ravel()
     t = np.asarray(targets).ravel()
     errors = np.asarray(box_errors, np.float64)
+    if not np.isfinite(errors).all():  # one leaves no sum of them
+        errors = np.full_like(errors, np.nan)
     (positives,), (negatives,) = np.nonzero(t == 1), np.nonzero(t == 0)
     count = len(positives)
     assert errors.shape == (count,)
@@ -127,8 +128,8 @@ def rank_sort_loss(
         return RankSortResult(0.0, 0.0, grad_ranking, grad_sorting)
     to_negatives = comparison_matrix(s[positives], s[negatives], delta)
     to_positives = comparison_matrix(s[positives], s[positives], delta)  # with itself, by h(0)
-    if np.isnan(grades).any():
-        grades = np.full(count, np.nan)
+    if not np.isfinite(grades).all():  # one leaves no order
+        grades, to_positives = np.full(count, np.nan), np.full_like(to_positives, np.nan)
 
     false_positives, above = to_negatives.sum(axis=1), to_positives.sum(axis=1)
     ranking = false_positives / (above + false_positives)

@@ -207,6 +207,48 @@ def test_forms_of_targets(device: str) -> None:
     assert as_negative.sorting == 0  # all alike
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_iou_that_is_not_finite(value: float, backend: Backend, device: str) -> None:
+    case = FINITE["random"]
+    ious = ious_of(case)
+    ious[5] = value
+    logits = torch.tensor(case.logits, device=device, requires_grad=True)
+    targets, given = torch.tensor(case.targets, device=device), torch.tensor(ious, device=device)
+    if np.isinf(value):
+        with pytest.raises(ValueError, match=r"ious must be in \[0, 1\], got \[inf\] among 1"):
+            rank_sort_loss(logits, targets, given, backend=backend)
+        return
+    expected = dense.rank_sort_loss(case.logits, case.targets, ious)
+    out = rank_sort_loss(logits, targets, given, backend=backend)
+    assert np.isnan(expected.ranking + expected.sorting)
+    for loss, wanted in ((out.ranking, expected.grad_ranking), (out.sorting, expected.grad_sorting)):
+        assert loss.isnan()
+        assert_near(torch.autograd.grad(loss, logits, retain_graph=True)[0], wanted, 1e-6)
+
+
+def test_labels_need_no_care(backend: Backend, device: str) -> None:
+    """Targets and IoUs may require gradients, or come from inference mode: they are labels."""
+    case = FINITE["random"]
+    targets = torch.tensor(case.targets, device=device)
+    graded = targets.float()
+    graded[targets == 1] = torch.tensor(ious_of(case), device=device)
+    with torch.inference_mode():
+        ious = torch.tensor(ious_of(case), device=device)
+    plain = rank_sort_loss(torch.tensor(case.logits, device=device), graded, backend=backend)
+    for given in ((graded.clone().requires_grad_(),), (targets, ious), (targets, ious.clone().requires_grad_())):
+        logits = torch.tensor(case.logits, device=device, requires_grad=True)
+        out = rank_sort_loss(logits, *given, backend=backend)
+        assert torch.equal(out.sorting, plain.sorting)
+        (out.ranking + out.sorting).backward()
+        assert logits.grad is not None
+        assert given[-1].grad is None
+    logits = torch.tensor(case.logits, device=device, requires_grad=True)
+    ap_loss(logits, targets.float().requires_grad_(), backend=backend).backward()
+    with torch.inference_mode():
+        errors = torch.tensor(case.box_errors, device=device)
+    alrp_loss(logits, targets.float().requires_grad_(), errors, backend=backend).classification.backward()
+
+
 def test_no_second_derivative_and_no_positives(backend: Backend, device: str) -> None:
     weight = torch.ones((), device=device, requires_grad=True)
     logits, targets = torch.randn(4, 5, device=device) * weight, torch.zeros(4, 5, device=device)

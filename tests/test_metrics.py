@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,3 +237,24 @@ def test_public_names() -> None:
     assert isinstance(optimal_lrp([], [], [], 0), LRPErrors)
     with pytest.raises(AttributeError, match="has no attribute 'mean_lrp'"):
         metrics.mean_lrp  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scores": [0.6, np.nan]}, ValueError, "scores must be numbers, got NaN for 1 of 2"),
+        ({"is_tp": [1, 0]}, TypeError, "is_tp must be bool, got int64"),
+        ({"ious": [0.2, 0.0]}, ValueError, r"ious of true positives must be in \[tau, 1\] = \[0.5, 1\], got \[0.2\]"),
+        ({"ious": [np.inf, 0.0]}, ValueError, r"ious of true positives must be in .* got \[inf\]"),
+        ({"num_truths": "3"}, TypeError, "num_truths must be an int, got str"),
+        ({"num_truths": 1.5}, TypeError, "num_truths must be an int, got float"),
+        ({"num_truths": -1}, ValueError, "num_truths must be at least 0"),
+    ],
+)
+def test_arrays_that_mean_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {"scores": [0.6, 0.5], "is_tp": [True, False], "ious": [0.9, 0.0], "num_truths": 2}
+    lrp_curve(**good)
+    with pytest.raises(error, match=message):
+        lrp_curve(**good | change)
+    with pytest.raises(TypeError, match="score_threshold must be a real number, got str"):
+        lrp_at(**good, score_threshold="x")  # pyright: ignore[reportArgumentType]

@@ -258,3 +258,37 @@ def test_missing_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ImportError, match="backend 'pycocotools' is not installed: pip install"):
         OptimalLRP(backend="pycocotools")
+
+
+def _one(score: float = 0.3, label: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    boxes, labels = torch.tensor([[10.0, 10, 50, 50]]), torch.tensor([label])
+    return {"boxes": boxes, "scores": torch.tensor([score], dtype=dtype), "labels": labels}, {"boxes": boxes.clone(), "labels": labels.clone()}  # fmt: skip
+
+
+@pytest.mark.parametrize("score", [0.1, 0.3, 0.7])
+def test_a_threshold_keeps_the_detection_that_it_is_the_score_of(score: float) -> None:
+    found, truth = _one(score)
+    metric = make_metric(class_metrics=True)
+    metric.update([found], [truth])
+    threshold = metric.compute()["olrp_thresholds"]
+    assert (found["scores"] >= threshold).all()
+    metric = make_metric(score_threshold=float(threshold))
+    metric.update([found], [truth])
+    assert metric.compute()["lrp"] == 0
+
+
+def test_large_labels_and_inputs_that_change_later() -> None:
+    found, truth = _one(label=2**40)
+    metric = make_metric(class_metrics=True)
+    metric.update([found], [truth])
+    for tensors in (found, truth):
+        for tensor in tensors.values():
+            tensor.zero_()
+    out = metric.compute()
+    assert out["olrp"] == 0
+    assert out["classes"] == 2**40
+    found, truth = _one()
+    with pytest.raises(ValueError, match=r"preds\[0\]\['labels'\] must be below 2\*\*63"):
+        metric.update([found | {"labels": torch.tensor(np.array([2**63 + 5], np.uint64))}], [truth])
+    with pytest.raises(ValueError, match=r"target\[0\]\['iscrowd'\] must be 0 or 1, got -1|must be 0 or 1"):
+        metric.update([found], [truth | {"iscrowd": torch.tensor([-1])}])

@@ -52,9 +52,9 @@ class OptimalLRP(Metric):
     Empty tensors may have any dtype. ``compute()`` returns tensors of the metric's dtype on its device, NaN where
     undefined: ``olrp``, ``olrp_loc``, ``olrp_fp``, ``olrp_fn``, each also with ``_small``, ``_medium``, ``_large``, see
     :class:`alrp_triton.metrics.LRPResult`. With ``score_threshold`` the same with ``lrp`` for ``olrp``. With
-    ``class_metrics`` these by class, too, (C,), ``olrp_per_class`` and so on, and ``olrp_thresholds`` (C,), the scores
-    from which on to keep detections; ``classes`` (C,) int32 are the labels seen, ascending. If there is but one class,
-    torchmetrics makes scalars of these.
+    ``class_metrics`` these by class, too, (C,), ``olrp_per_class`` and so on, and ``olrp_thresholds`` (C,) float64, the
+    scores from which on to keep detections; ``classes`` (C,) int64 are the labels seen, ascending. If there is but one
+    class, torchmetrics makes scalars of these.
 
     Synchronised over processes by torchmetrics, like any metric; processes may have different numbers of images.
 
@@ -145,8 +145,10 @@ class OptimalLRP(Metric):
                 if self.class_metrics:
                     out[f"{name}{suffix}_per_class"] = self._tensor(getattr(result.per_class, component))
         if self.class_metrics:
-            out["olrp_thresholds"] = self._tensor(results["olrp"].per_class.threshold)
-            out["classes"] = torch.tensor(results["olrp"].classes, dtype=torch.int32, device=self.device)
+            # As they are: rounded up, a threshold would drop the detection that it is the score of.
+            exact = state_dtype("scores", self.device)
+            out["olrp_thresholds"] = torch.tensor(results["olrp"].per_class.threshold, dtype=exact, device=self.device)
+            out["classes"] = torch.tensor(results["olrp"].classes, dtype=torch.int64, device=self.device)
         return out
 
     def _state(self, name: str) -> list[Tensor]:

@@ -56,9 +56,13 @@ def read_entry(name: str, image: object, key: str, box_format: BoxFormat, device
     kind, allowed = _DTYPES[key]
     if count and value.dtype not in allowed:
         raise TypeError(f"{title} must be {kind}, got {describe(value)}")
-    value = value.detach().to(device, dtype)
+    if value.dtype == torch.uint64:
+        _check(title, "be below 2**63", value, value.view(torch.int64) >= 0)
+    value = value.detach().to(device, dtype, copy=True)  # the caller may go on to write into it
     if value.is_floating_point():
         _check(title, "be finite", value, value.isfinite())
+    if key == "iscrowd":
+        _check(title, "be 0 or 1", value, (value == 0) | (value == 1))
     if key == "boxes":
         has_size = (to_xywh(value, box_format)[:, 2:] >= 0).all(1)
         _check(title, f"be {box_format} and of no negative size", value, has_size)

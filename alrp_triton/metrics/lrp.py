@@ -6,13 +6,14 @@ Detection Tasks*, TPAMI 2021, arXiv:2011.10772.
 """
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..boxes import TAU
-from ..checks import check_number
+from ..checks import check_integer, check_number
 
 FloatArray = NDArray[np.float64]
 
@@ -46,23 +47,29 @@ def lrp_curve(scores: ArrayLike, is_tp: ArrayLike, ious: ArrayLike, num_truths: 
         Arrays (D,), float64. All NaN without ground truths.
 
     Raises:
-        TypeError: ``is_tp`` is not bool, ``tau`` no number. ValueError: shapes that do not fit, scores that are NaN,
-            more true positives than ground truths, ``tau`` out of range.
+        TypeError: ``is_tp`` is not bool, ``num_truths`` no integer, ``tau`` no number. ValueError: shapes that do not
+            fit, scores that are NaN, overlaps of true positives out of [tau, 1], more true positives than ground
+            truths, ``tau`` out of range.
     """
     score, tp, iou = np.asarray(scores, np.float64), np.asarray(is_tp), np.asarray(ious, np.float64)
     if tp.size and tp.dtype != np.bool_:
         raise TypeError(f"is_tp must be bool, got {tp.dtype}")
+    tp = tp.astype(np.bool_)  # an empty list has no dtype of its own
     if not (score.ndim == 1 and score.shape == tp.shape == iou.shape):
         raise ValueError(
             f"scores, is_tp and ious must have one shape (D,), got {score.shape}, {tp.shape} and {iou.shape}"
         )
     if np.isnan(score).any():
         raise ValueError(f"scores must be numbers, got NaN for {int(np.isnan(score).sum())} of {len(score)}")
-    if not tp.sum() <= num_truths:
+    num_truths = check_integer("num_truths", num_truths, 0, 2**63 - 1)
+    if tp.sum() > num_truths:
         raise ValueError(f"num_truths must be at least the number of true positives, got {num_truths} and {tp.sum()}")
     tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
+    loose = tp & ~((iou >= tau - 1e-6) & (iou <= 1 + 1e-6))  # 1e-6: an IoU may be rounded
+    if loose.any():
+        raise ValueError(f"ious of true positives must be in [tau, 1] = [{tau}, 1], got {iou[loose][:5].tolist()}")
     order = np.argsort(-score, kind="stable")
-    score, tp = score[order], tp[order].astype(np.bool_)
+    score, tp = score[order], tp[order]
     if num_truths == 0:
         undefined = np.full(len(score), np.nan)
         return LRPErrors(undefined, undefined, undefined, undefined, score)
@@ -109,6 +116,8 @@ def lrp_at(
         false negative component are 1, the others NaN. Without ground truths all is NaN but the threshold.
     """
     curve = lrp_curve(scores, is_tp, ious, num_truths, tau=tau)
+    if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
+        raise TypeError(f"score_threshold must be a real number, got {type(score_threshold).__name__}")
     kept = int(np.count_nonzero(curve.threshold >= score_threshold))
     if num_truths == 0 or kept == 0:
         return _nothing_found(num_truths, score_threshold)
