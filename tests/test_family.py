@@ -12,6 +12,8 @@ from torch import Tensor
 import alrp_triton
 from alrp_triton import APLoss, RankSortLoss, alrp_loss, ap_loss, compat, rank_sort_loss
 from alrp_triton.operators import Backend
+from bench.problems import Problem
+from bench.timing import peak_memory
 from reference import dense, loop
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
@@ -265,15 +267,21 @@ def test_no_second_derivative_and_no_positives(backend: Backend, device: str) ->
             gradient.square().sum().backward()
 
 
-def test_many_positives_in_little_memory() -> None:
-    """P = 20,000: a P x P matrix would have 3.2 GB. The allocator's own count is the witness."""
-    p = 20_000
+@pytest.mark.parametrize(("backend", "p"), [("numba", 20_000), ("torch", 4000)])
+def test_many_positives_in_little_memory(backend: Backend, p: int) -> None:
+    """A P x P matrix would have 3,200 MB at P = 20,000. What the process takes at its peak is the witness."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=2 * p).astype(np.float32), requires_grad=True)
     targets, ious = (torch.arange(2 * p) < p).long(), torch.tensor(rng.random(p).astype(np.float32))
-    out = rank_sort_loss(logits, targets, ious)
+    out = rank_sort_loss(logits, targets, ious, backend=backend)
     (gradient,) = torch.autograd.grad(out.ranking + out.sorting, logits)
     assert_balanced(gradient, 1e-6)
+
+    def step() -> None:
+        torch.autograd.grad(rank_sort_loss(logits, targets, ious, backend=backend).sorting, logits)
+
+    peak = peak_memory(step, Problem(logits, targets, ious, 0.5))
+    assert peak is None or peak < 32  # MiB
     some = rng.choice(p, 20, replace=False)
     s, t = as_numpy(logits)[:p], as_numpy(ious)
     h = np.clip(s[None, :] - s[some][:, None] + 0.5, 0, 1)
