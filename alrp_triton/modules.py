@@ -1,6 +1,7 @@
 """Losses as modules: they store their settings and call the functions of :mod:`alrp_triton.functional`."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,9 +33,13 @@ class _RankingLoss(nn.Module):
         self.ignore_index = ignore_index
         self.backend: Backend = backend
 
+    def _settings(self) -> dict[str, Any]:
+        """The keyword arguments of the function, by name."""
+        names = ("interpolate", "delta", "eps", "background", "ignore_index", "backend")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
     def extra_repr(self) -> str:
-        settings = ("interpolate", "delta", "eps", "background", "ignore_index", "backend")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings if hasattr(self, name))
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
 
 
 class ALRPLoss(_RankingLoss):
@@ -63,16 +68,7 @@ class ALRPLoss(_RankingLoss):
 
     def forward(self, logits: Tensor, targets: Tensor, box_errors: Tensor) -> ALRPLossOutput:
         """See :func:`alrp_triton.alrp_loss`."""
-        return alrp_loss(
-            logits,
-            targets,
-            box_errors,
-            delta=self.delta,
-            eps=self.eps,
-            background=self.background,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+        return alrp_loss(logits, targets, box_errors, **self._settings())
 
 
 class APLoss(_RankingLoss):
@@ -100,16 +96,7 @@ class APLoss(_RankingLoss):
 
     def forward(self, logits: Tensor, targets: Tensor, *, num_positives: int | None = None) -> Tensor:
         """See :func:`alrp_triton.ap_loss`."""
-        return ap_loss(
-            logits,
-            targets,
-            interpolate=self.interpolate,
-            delta=self.delta,
-            num_positives=num_positives,
-            background=self.background,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+        return ap_loss(logits, targets, num_positives=num_positives, **self._settings())
 
 
 class RankSortLoss(_RankingLoss):
@@ -140,14 +127,4 @@ class RankSortLoss(_RankingLoss):
         self, logits: Tensor, targets: Tensor, ious: Tensor | None = None, *, num_positives: int | None = None
     ) -> RankSortLossOutput:
         """See :func:`alrp_triton.rank_sort_loss`."""
-        return rank_sort_loss(
-            logits,
-            targets,
-            ious,
-            delta=self.delta,
-            eps=self.eps,
-            num_positives=num_positives,
-            background=self.background,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+        return rank_sort_loss(logits, targets, ious, num_positives=num_positives, **self._settings())

@@ -13,7 +13,6 @@ kind of input, and cached on disk by numba.
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -154,17 +153,15 @@ def _block_size(columns: int) -> int:
 def _share(task: Callable[[slice], None], columns: int, size: int, step: int) -> None:
     """Call the task for all columns, ``step`` at a time, each thread on a run of whole blocks."""
     blocks = math.ceil(columns / size)
-    runs = min(torch.get_num_threads(), blocks)
-    bounds = [min(blocks * run // runs * size, columns) for run in range(runs + 1)]
-
     inference = torch.is_inference_mode_enabled()  # of this thread alone
 
-    def call(start: int, stop: int) -> None:
+    def call(run: slice) -> None:
+        stop = min(run.stop * size, columns)
         with torch.inference_mode(inference):
-            for begin in range(start, stop, step):
+            for begin in range(run.start * size, stop, step):
                 task(slice(begin, min(begin + step, stop)))
 
-    threads.run([partial(call, *ends) for ends in pairwise(bounds)])
+    threads.run([partial(call, run) for run in threads.cut(blocks, blocks)])
 
 
 def _search_arguments(grid: Grid) -> tuple[object, ...]:

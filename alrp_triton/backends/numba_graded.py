@@ -42,18 +42,16 @@ def _below(rows, grades, weights, scale, first, out):
         out[k] = total
 
 
-def _share(task: Callable[[int, int], None], count: int) -> None:
+def _share(task: Callable[[slice], None], count: int) -> None:
     """Call the task for parts of the rows; each sum is one thread's, so results do not depend on their number."""
-    parts = max(min(torch.get_num_threads(), count * count // _LEAST), 1)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    threads.run([partial(task, *bounds[part : part + 2]) for part in range(parts)])
+    threads.run([partial(task, part) for part in threads.cut(count, count * count // _LEAST)])
 
 
 @np.errstate(invalid="ignore")
 def among_grades(rows: Tensor, grades: Tensor, delta: float) -> Tensor:
     """Sums over the rows of no lower, and of lower grade; contract in :mod:`alrp_triton.operators`."""
     s, t, scale, out = rows.numpy(), grades.numpy(), scale_of(delta), np.empty((4, len(rows)))
-    _share(lambda start, stop: _among(s, t, scale, start, out[:, start:stop]), len(s))
+    _share(lambda part: _among(s, t, scale, part.start, out[:, part]), len(s))
     out += (s[0] + s[-1]) * 0 + (t * 0).sum()
     return torch.from_numpy(out)
 
@@ -62,6 +60,6 @@ def among_grades(rows: Tensor, grades: Tensor, delta: float) -> Tensor:
 def below_grades(rows: Tensor, grades: Tensor, weights: Tensor, delta: float) -> Tensor:
     """Sums of the weights of the rows of higher grade; contract in :mod:`alrp_triton.operators`."""
     s, t, w, scale, out = rows.numpy(), grades.numpy(), weights.numpy(), scale_of(delta), np.empty(len(rows))
-    _share(lambda start, stop: _below(s, t, w, scale, start, out[start:stop]), len(s))
+    _share(lambda part: _below(s, t, w, scale, part.start, out[part]), len(s))
     out += (s[0] + s[-1]) * 0 + (t * 0).sum() + (w * 0).sum()
     return torch.from_numpy(out)

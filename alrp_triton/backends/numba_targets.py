@@ -73,19 +73,17 @@ def classify(
         targets = targets.float()
     t = (targets.view(torch.uint8) if targets.dtype == torch.bool else targets).numpy()
     negatives = np.empty(len(t) if num_classes is None else (len(t), num_classes), np.bool_)
-    parts = max(min(torch.get_num_threads(), negatives.size // _LEAST), 1)
-    places, status = np.empty((parts, count), np.int64), np.empty((parts, 2), np.int64)
-    bounds = [len(t) * part // parts for part in range(parts + 1)]
+    parts = threads.cut(len(t), negatives.size // _LEAST)
+    places, status = np.empty((len(parts), count), np.int64), np.empty((len(parts), 2), np.int64)
 
-    def task(part: int) -> None:
-        here = slice(bounds[part], bounds[part + 1])
+    def task(part: int, here: slice) -> None:
         results = negatives[here], places[part], status[part], here.start
         if num_classes is None:
             _dense(t[here], signed, MOST_GRADE if graded else None, *results)
         else:
             _indices(t[here], signed, num_classes, background, ignore_index, *results)
 
-    threads.run([partial(task, part) for part in range(parts)])
+    threads.run([partial(task, part, here) for part, here in enumerate(parts)])
     found = status.sum(0)
     positives = np.concatenate([place[:n] for place, n in zip(places, status[:, 0], strict=True)])
     if found[0] != count:

@@ -30,6 +30,12 @@ def _openmp() -> Any:
     return entry
 
 
+def cut(count: int, most: int) -> list[slice]:
+    """So many things in runs of about one length: one run for each of torch's threads, at most ``most``, at least 1."""
+    runs = max(min(torch.get_num_threads(), most), 1)
+    return [slice(count * run // runs, count * (run + 1) // runs) for run in range(runs)]
+
+
 def run(tasks: Sequence[Callable[[], object]]) -> None:
     """Call all tasks, on as many threads as torch uses; raise what one of them raised.
 

@@ -8,17 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_tiled import step
+
 TILE = {"ROWS": 16, "COLUMNS": 64}
 WARPS = 4
-
-
-@triton.jit
-def _step(distance, scale, HARD: tl.constexpr):
-    if HARD:
-        h = tl.where(distance >= 0.0, 1.0, 0.0).to(tl.float64)
-    else:
-        h = tl.minimum(tl.maximum(tl.fma(distance, scale, 0.5), 0.0), 1.0)
-    return h
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -40,7 +33,7 @@ def among_grades_kernel(
         x = tl.load(rows_ptr + column, mask=column < P, other=float("-inf"))
         t = tl.load(grades_ptr + column, mask=column < P, other=0.0)
         poison += t * 0.0
-        h = _step(x[None, :] - row[:, None], scale, HARD)
+        h = step(x[None, :] - row[:, None], scale, HARD)
         low = tl.where(t[None, :] < grade[:, None], h, 0.0)
         kept += h - low
         kept_error += (h - low) * (1 - t)[None, :]
@@ -71,7 +64,7 @@ def below_grades_kernel(
         t = tl.load(grades_ptr + other, mask=other < P, other=0.0)
         weight = tl.load(weights_ptr + other, mask=other < P, other=0.0)
         poison += (t + weight) * 0.0
-        h = _step(x[:, None] - row[None, :], scale, HARD)
+        h = step(x[:, None] - row[None, :], scale, HARD)
         acc += h * tl.where(t[None, :] > grade[:, None], weight[None, :], 0.0)
     bad = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.sum(poison, axis=0)
     tl.store(out_ptr + index, tl.sum(acc, axis=1) + bad, mask=index < P)

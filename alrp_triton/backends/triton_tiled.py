@@ -192,6 +192,16 @@ def rmatvec_kernel(
     tl.store(out_ptr + start + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def step(distance, scale, HARD: tl.constexpr):
+    """The step h in float64; scale is 1 / (2 delta)."""
+    if HARD:
+        h = tl.where(distance >= 0.0, 1.0, 0.0).to(tl.float64)
+    else:
+        h = tl.minimum(tl.maximum(tl.fma(distance, scale, 0.5), 0.0), 1.0)
+    return h
+
+
 @triton.jit(do_not_specialize=["P"])
 def among_rows_kernel(
     rows_ptr, values_ptr, out_ptr, P, delta: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr
@@ -203,16 +213,14 @@ def among_rows_kernel(
     soft = tl.zeros([ROWS, COLUMNS], tl.float64)
     hard = tl.zeros([ROWS, COLUMNS], tl.float64)
     poison = tl.zeros([COLUMNS], tl.float64)
+    scale = 0.0 if HARD else 0.5 / delta
     for begin in range(0, P, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         x = tl.load(rows_ptr + column, mask=column < P, other=float("-inf"))
         value = tl.load(values_ptr + column, mask=column < P, other=0.0)
         poison += value * 0.0
         above = x[None, :] >= row[:, None]
-        if HARD:
-            h = tl.where(above, 1.0, 0.0).to(tl.float64)
-        else:
-            h = tl.minimum(tl.maximum(tl.fma(x[None, :] - row[:, None], 0.5 / delta, 0.5), 0.0), 1.0)
+        h = step(x[None, :] - row[:, None], scale, HARD)
         count += h
         soft += h * value[None, :]
         hard += tl.where(above, value[None, :], 0.0)
