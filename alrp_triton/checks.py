@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .formulas import MOST_GRADE
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -54,7 +56,7 @@ def check_number(name: str, value: object, low: float, high: float, *, high_open
     except OverflowError as error:
         raise ValueError(f"{name} must be within the range of a float, got a larger number") from error
     inside = low <= number < high if high_open else low <= number <= high
-    if not inside or math.isinf(number):  # NaN is inside nothing
+    if not inside or number == math.inf:  # NaN is inside nothing
         bound = "finite" if high == math.inf else f"{'less than' if high_open else 'at most'} {high:g}"
         raise ValueError(f"{name} must be at least {low:g} and {bound}, got {number}")
     return number
@@ -94,3 +96,74 @@ def check_values(condition: Tensor | bool, error: Callable[[], ValueError], mess
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     elif not condition:
         raise error()
+
+
+def check_ious(ious: Tensor) -> None:
+    """Raise ValueError unless IoUs are in [0, 1], or above by rounding. NaN is let through, and shows in the loss."""
+    outside = (ious < 0) | (ious > MOST_GRADE)
+
+    def error() -> ValueError:
+        return ValueError(
+            f"ious must be in [0, 1], got {ious[outside][:5].tolist()} among {int(outside.sum())} values that are not"
+        )
+
+    check_values(~outside.any(), error, "alrp_triton: ious must be in [0, 1]")
+
+
+def check_marks(
+    targets: Tensor,
+    num_classes: int | None,
+    background: int,
+    ignore_index: int,
+    graded: bool,
+    count: int,
+    source: str,
+    status: Tensor,
+) -> None:
+    """Raise ValueError if values of targets mean nothing, or mark another number of positives than ``count``.
+
+    Args:
+        targets: as :func:`alrp_triton.targets.check_form` found them.
+        num_classes: that and the next three: what it told.
+        background: see there.
+        ignore_index: see there.
+        graded: see there.
+        count: the number of positives, as the caller knows it.
+        source: the argument from which the caller knows it, for the error.
+        status: int64 ``(2,)``, what reading the targets gave: the number of positives, and of values that mean nothing
+            (or just not 0).
+    """
+    if graded:
+        meaning = "dense targets must be an IoU above 0 and up to 1 (positive), 0 (negative) or -1 (ignored)"
+    elif num_classes is None:
+        meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
+    else:
+        meaning = (
+            f"class-index targets must be a class from 0 to {num_classes - 1}, {background} (background) or "
+            f"{ignore_index} (ignored)"
+        )
+    found, bad = status if status.device.type == "cuda" else status.tolist()
+
+    def bad_values() -> ValueError:
+        known = {background, ignore_index, *range(2 if num_classes is None else num_classes)}
+        values, counts = targets.unique(return_counts=True)
+        seen = [
+            (value, n)
+            for value, n in zip(values.tolist(), counts.tolist(), strict=True)
+            if value not in known and not (graded and 0 < value <= MOST_GRADE)
+        ]
+        return ValueError(
+            f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
+            "of these"
+        )
+
+    def bad_count() -> ValueError:
+        if source == "num_positives":
+            return ValueError(f"num_positives is {count}, but targets mark {int(found)} positives")
+        return ValueError(
+            f"{source} must have one value for each positive, in the order of their flat index: "
+            f"got {count} {source}, but targets mark {int(found)} positives"
+        )
+
+    check_values(bad == 0, bad_values, f"alrp_triton: {meaning}")
+    check_values(found == count, bad_count, f"alrp_triton: targets do not mark {count} positives")

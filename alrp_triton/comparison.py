@@ -7,12 +7,60 @@ gradients of AP, aLRP and Rank & Sort Loss are products with H or with its trans
 What runs them is the business of :mod:`alrp_triton.operators`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import operators
 from .checks import check_delta, check_same_device, check_tensor, describe
-from .operators import Backend, check_backend
+from .dispatch import Backend, check_backend
+
+
+class SortedMatrix(NamedTuple):
+    """H as the losses use it: nothing is checked, and rows are in ascending order, as :mod:`.operators` wants them.
+
+    The methods are those of :class:`ComparisonMatrix`, with ``(P,)`` in the order of the rows and float64.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    mask: Tensor | None
+    delta: float
+    backend: Backend
+    row_groups: Tensor | None = None
+    column_groups: Tensor | None = None
+    process_group: str = ""
+    """The columns are spread over its processes, and each has all rows; "": there is one process."""
+
+    @property
+    def at_zero(self) -> float:
+        """h(0), the entry of a row against its own score."""
+        return 0.5 if self.delta > 0 else 1.0
+
+    def matvec(self, v: Tensor | None = None) -> Tensor:
+        weights = self.mask if v is None else v
+        sums = operators.matvec(
+            self.rows, self.columns, weights, self.delta, self.backend, self.row_groups, self.column_groups
+        )
+        return operators.sum_over_ranks(sums, self.process_group) if self.process_group else sums
+
+    def rmatvec(self, w: Tensor) -> Tensor:
+        return operators.rmatvec(
+            self.rows, w, self.columns, self.mask, self.delta, self.backend, self.row_groups, self.column_groups
+        )
+
+    def among_rows(self, v: Tensor) -> Tensor:
+        return operators.among_rows(self.rows, v, self.delta, self.backend, self.row_groups)
+
+    def below_rows(self, w: Tensor) -> Tensor:
+        return operators.below_rows(self.rows, w, self.backend, self.row_groups)
+
+    def among_grades(self, grades: Tensor) -> Tensor:
+        return operators.among_grades(self.rows, grades, self.delta, self.backend, self.row_groups)
+
+    def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
+        return operators.below_grades(self.rows, grades, w, self.delta, self.backend, self.row_groups)
 
 
 class ComparisonMatrix:
@@ -31,7 +79,6 @@ class ComparisonMatrix:
         mask: bool, shape of ``columns``; True where the column takes part. None: all do.
         delta: half-width of the step, 0 or in [2**-126, 2**125].
         backend: which one computes, see :func:`alrp_triton.alrp_loss`.
-        ascending: the rows are known to be in ascending order, NaN last; not checked, saves a sort.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a backend that cannot run.
@@ -48,7 +95,6 @@ class ComparisonMatrix:
         mask: Tensor | None = None,
         delta: float = 1.0,
         backend: Backend = "auto",
-        ascending: bool = False,
     ) -> None:
         check_tensor("rows", rows, "floating")
         check_tensor("columns", columns, "floating")
@@ -62,40 +108,27 @@ class ComparisonMatrix:
                 raise ValueError(
                     f"mask must have the shape of columns, {tuple(columns.shape)}, got {tuple(mask.shape)}"
                 )
-        self.delta = check_delta(delta)
         check_backend(backend, columns.device)
-        self.backend: Backend = backend
-        self.columns = columns.detach()
-        self.mask = mask
-        self.order: Tensor | None = None
-        """Ascending, stable argsort of the rows, int64 ``(P,)``; None if they are ascending."""
-        self._rows = rows.detach().double()
-        if not ascending:
-            self._rows, self.order = self._rows.sort(stable=True)
+        sorted_rows, self.order = rows.detach().double().sort(stable=True)
+        """``order``: ascending, stable argsort of the rows, int64 ``(P,)``."""
+        self._matrix = SortedMatrix(sorted_rows, columns.detach(), mask, check_delta(delta), backend)
 
-    def _from_sorted(self, values: Tensor) -> Tensor:
+    def _as_given(self, values: Tensor) -> Tensor:
         """Values ``(…, P)`` of the sorted rows, in the order in which the rows were given."""
-        return values if self.order is None else torch.empty_like(values).index_copy_(-1, self.order, values)
+        return torch.empty_like(values).index_copy_(-1, self.order, values)
 
-    def _to_sorted(self, values: Tensor) -> Tensor:
-        values = values.detach().double()
-        return values if self.order is None else values.index_select(0, self.order)
-
-    def _check_row_vector(self, name: str, value: Tensor) -> None:
+    def _sorted(self, name: str, value: Tensor) -> Tensor:
+        """A number for each row, in the order of the sorted ones."""
         check_tensor(name, value, "floating")
-        check_same_device(columns=self.columns, **{name: value})
-        if value.shape != self._rows.shape:
-            raise ValueError(f"{name} must have shape {tuple(self._rows.shape)}, got {tuple(value.shape)}")
+        check_same_device(columns=self._matrix.columns, **{name: value})
+        if value.shape != self.order.shape:
+            raise ValueError(f"{name} must have shape {tuple(self.order.shape)}, got {tuple(value.shape)}")
+        return value.detach().double().index_select(0, self.order)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, N)"""
-        return self._rows.numel(), self.columns.numel()
-
-    @property
-    def at_zero(self) -> float:
-        """h(0), the entry of a row against its own score: 1 for delta = 0, else 1/2."""
-        return 0.5 if self.delta > 0 else 1.0
+        return self.order.numel(), self._matrix.columns.numel()
 
     def matvec(self, v: Tensor | None = None) -> Tensor:
         """H v: for each row the sum of H_ij v_j over the columns that take part.
@@ -107,17 +140,16 @@ class ComparisonMatrix:
         Returns:
             float64 ``(P,)``, in the order of ``rows``.
         """
-        weights = self.mask
-        if v is not None:
-            check_tensor("v", v, "floating")
-            check_same_device(columns=self.columns, v=v)
-            if v.shape != self.columns.shape:
-                raise ValueError(f"v must have the shape of columns, {tuple(self.columns.shape)}, got {tuple(v.shape)}")
-            weights = v.detach() if self.mask is None else torch.where(self.mask, v.detach(), 0.0)
-        sums = operators.matvec(self._rows, self.columns, weights, self.delta, self.backend)
-        if v is not None:
-            sums = sums + (v.detach() if weights is None else weights).mul(0).sum()  # NaN if v is not finite
-        return self._from_sorted(sums)
+        if v is None:
+            return self._as_given(self._matrix.matvec())
+        columns, mask = self._matrix.columns, self._matrix.mask
+        check_tensor("v", v, "floating")
+        check_same_device(columns=columns, v=v)
+        if v.shape != columns.shape:
+            raise ValueError(f"v must have the shape of columns, {tuple(columns.shape)}, got {tuple(v.shape)}")
+        weights = v.detach() if mask is None else torch.where(mask, v.detach(), 0.0)
+        sums = self._matrix.matvec(weights) + weights.mul(0).sum()  # NaN if a weight is not finite
+        return self._as_given(sums)
 
     def rmatvec(self, w: Tensor) -> Tensor:
         """H^T w: for each column the sum of H_ij w_i over the rows; 0 for a column that takes no part.
@@ -128,8 +160,7 @@ class ComparisonMatrix:
         Returns:
             Shape and dtype of ``columns``.
         """
-        self._check_row_vector("w", w)
-        return operators.rmatvec(self._rows, self._to_sorted(w), self.columns, self.mask, self.delta, self.backend)
+        return self._matrix.rmatvec(self._sorted("w", w))
 
     def among_rows(self, v: Tensor) -> Tensor:
         """The rows compared among themselves, in place of the columns and the mask.
@@ -141,8 +172,7 @@ class ComparisonMatrix:
             float64 ``(3, P)``, in the order of ``rows``: for each row i, over all rows k with itself, the sums of
             h(s_k - s_i), of h(s_k - s_i) v_k, and of 1[s_k >= s_i] v_k.
         """
-        self._check_row_vector("v", v)
-        return self._from_sorted(operators.among_rows(self._rows, self._to_sorted(v), self.delta, self.backend))
+        return self._as_given(self._matrix.among_rows(self._sorted("v", v)))
 
     def below_rows(self, w: Tensor) -> Tensor:
         """The transpose of the hard comparison among the rows: for each row k the sum of w_i over s_i <= s_k.
@@ -153,8 +183,7 @@ class ComparisonMatrix:
         Returns:
             float64 ``(P,)``, in the order of ``rows``.
         """
-        self._check_row_vector("w", w)
-        return self._from_sorted(operators.below_rows(self._rows, self._to_sorted(w), self.backend))
+        return self._as_given(self._matrix.below_rows(self._sorted("w", w)))
 
     def among_grades(self, grades: Tensor) -> Tensor:
         """The rows compared among themselves, apart by a second order, as Rank & Sort Loss needs it.
@@ -167,8 +196,7 @@ class ComparisonMatrix:
             h(s_k - s_i) (1 - t_k) over the rows k of t_k >= t_i, with itself; then over those of t_k < t_i. Pair by
             pair, in blocks: O(P^2) work, O(P) memory.
         """
-        self._check_row_vector("grades", grades)
-        return self._from_sorted(operators.among_grades(self._rows, self._to_sorted(grades), self.delta, self.backend))
+        return self._as_given(self._matrix.among_grades(self._sorted("grades", grades)))
 
     def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
         """The transpose of the third of :meth:`among_grades`.
@@ -181,10 +209,8 @@ class ComparisonMatrix:
             float64 ``(P,)``, in the order of ``rows``: for each row k the sum of h(s_k - s_i) w_i over the rows i of
             t_i > t_k.
         """
-        self._check_row_vector("grades", grades)
-        self._check_row_vector("w", w)
-        t, weights = self._to_sorted(grades), self._to_sorted(w)
-        return self._from_sorted(operators.below_grades(self._rows, t, weights, self.delta, self.backend))
+        return self._as_given(self._matrix.below_grades(self._sorted("grades", grades), self._sorted("w", w)))
 
     def __repr__(self) -> str:
-        return f"ComparisonMatrix({self.shape[0]} x {self.shape[1]}, {describe(self.columns)}, delta={self.delta})"
+        p, n = self.shape
+        return f"ComparisonMatrix({p} x {n}, {describe(self._matrix.columns)}, delta={self._matrix.delta})"

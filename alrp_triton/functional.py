@@ -6,20 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import autograd
-from .autograd import Formula, RankingLoss, Settings
-from .checks import (
-    check_bool,
-    check_delta,
-    check_integer,
-    check_number,
-    check_same_device,
-    check_tensor,
-    check_values,
-)
-from .formulas import MOST_GRADE
-from .operators import Backend, check_backend
-from .targets import IGNORE_INDEX, check_form, classify
+from . import autograd, operators
+from .autograd import Formula, Settings
+from .checks import check_bool, check_delta, check_integer, check_number, check_same_device, check_tensor
+from .dispatch import Backend, check_backend_name
+from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size
+from .targets import IGNORE_INDEX, check_form, check_groups, classify
 
 DELTA = 1.0
 EPS = 1e-5
@@ -49,9 +41,24 @@ class RankSortLossOutput(NamedTuple):
     """0-d; mean sorting error, in [0, 1]. Differentiable in ``logits``."""
 
 
-def _settings(logits: Tensor, formula: Formula, delta: float, eps: float, backend: Backend) -> Settings:
-    check_backend(backend, logits.device)
-    return Settings(formula, check_delta(delta), check_number("eps", eps, 0.0, math.inf), backend)
+def _settings(
+    loss: str,
+    formula: Formula,
+    logits: Tensor,
+    groups: Tensor | None,
+    delta: float,
+    eps: float,
+    backend: Backend,
+    process_group: ProcessGroup | None,
+    gradient_reduction: GradientReduction,
+) -> Settings:
+    check_backend_name(backend)
+    delta, eps = check_delta(delta), check_number("eps", eps, 0.0, math.inf)
+    check_groups(logits, groups)
+    check_gradient_reduction(gradient_reduction)
+    name, size = name_and_size(process_group)
+    call = f"{loss}(delta={delta}, eps={eps}) {'without' if groups is None else 'with'} groups"
+    return Settings(formula, call, delta, eps, backend, name, size if gradient_reduction == "mean" else 1.0)
 
 
 def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
@@ -72,6 +79,9 @@ def alrp_loss(
     eps: float = EPS,
     background: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    groups: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
 ) -> ALRPLossOutput:
     r"""Average Localisation-Recall-Precision Loss over all anchors and classes of a batch.
@@ -103,6 +113,19 @@ def alrp_loss(
         eps: a positive with FP_i <= eps is at its place already and causes no gradient.
         background: the class index that stands for background; default C.
         ignore_index: the class index that stands for an ignored anchor.
+        groups: what is ranked apart, such as images: an integer for each entry along the first dimensions of
+            ``logits``, ``logits.shape[:k]``, ``torch.arange(B)`` for logits ``(B, A, C)``. Only logits of equal group
+            are compared. The means stay those over all positives, so the result is the mean of the groups' own losses
+            weighted by their numbers of positives. On a GPU the host waits to read them. None: one ranking.
+        process_group: rank the logits of all its processes together: a ``torch.distributed.ProcessGroup``, or
+            ``"world"`` for the default one. Each process passes its own logits, with as many positives as it has, if
+            any, and all of them have to call. Losses are those of the joint batch, the same on every process; ``rank``
+            and ``order`` are those of its own positives; groups are equal across processes where their integers are.
+            What is sent grows with P alone. The host waits for the number of positives of the others. None: each
+            process by itself.
+        gradient_reduction: how gradients of the processes are brought together afterwards. ``"mean"``, as
+            DistributedDataParallel does: each process' gradients are the joint loss' times the number of processes, so
+            that their mean is right. ``"sum"``: they are the joint loss' own. Without ``process_group`` no matter.
         backend: ``"auto"``: on a GPU ``"triton"`` where triton is installed, on a CPU ``"numba"`` where numba is
             installed, else ``"torch"``. ``"triton"``: ``"triton_tiled"`` or ``"triton_binned"``, whichever the model of
             :mod:`alrp_triton.cost` expects to be faster for P and N. ``"torch"`` runs on any device.
@@ -127,30 +150,22 @@ def alrp_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit; values of targets that mean nothing; another number of box errors
-            than of positives; delta or eps out of range; a backend that cannot run here. On a GPU the two checks that
-            need the values of ``targets`` are asynchronous device assertions: the host never waits for the device.
+            than of positives; delta or eps out of range; a backend that cannot run here; processes of
+            ``process_group`` that call different losses or settings. On a GPU the two checks that need the values of
+            ``targets`` are asynchronous device assertions: the host never waits for the device.
+        RuntimeError: a process of ``process_group`` died or did not call within the group's timeout.
 
     Reference:
         Oksuz, Cam, Akbas, Kalkan: "A Ranking-based, Balanced Loss Function Unifying Classification and Localisation in
         Object Detection", NeurIPS 2020, arXiv:2009.13592; Section 4, Theorems 1 and 2.
     """
     _check_logits_and("box_errors", logits, box_errors)
-    settings = _settings(logits, autograd.alrp, delta, eps, backend)
+    settings = _settings(
+        "alrp_loss", autograd.alrp, logits, groups, delta, eps, backend, process_group, gradient_reduction
+    )
     form = check_form(logits, targets, background, ignore_index)
     negatives, positives = classify(targets, form, box_errors.numel(), "box_errors", backend)
-    return ALRPLossOutput(*RankingLoss.apply(logits, box_errors, negatives, positives, settings))
-
-
-def _check_ious(ious: Tensor) -> None:
-    """NaN is let through, and shows in the loss."""
-    outside = (ious < 0) | (ious > MOST_GRADE)
-
-    def error() -> ValueError:
-        return ValueError(
-            f"ious must be in [0, 1], got {ious[outside][:5].tolist()} among {int(outside.sum())} values that are not"
-        )
-
-    check_values(~outside.any(), error, "alrp_triton: ious must be in [0, 1]")
+    return ALRPLossOutput(*autograd.ranking_loss(logits, box_errors, negatives, positives, groups, settings))
 
 
 def ap_loss(
@@ -162,6 +177,9 @@ def ap_loss(
     num_positives: int | None = None,
     background: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    groups: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Average Precision Loss over all anchors and classes of a batch: 1 - AP.
@@ -188,6 +206,9 @@ def ap_loss(
             the host waits for it.
         background: the class index that stands for background; default C.
         ignore_index: the class index that stands for an ignored anchor.
+        groups: as for :func:`alrp_loss`.
+        process_group: as for :func:`alrp_loss`.
+        gradient_reduction: as for :func:`alrp_loss`.
         backend: as for :func:`alrp_loss`.
 
     Returns:
@@ -209,11 +230,12 @@ def ap_loss(
     check_bool("interpolate", interpolate)
     if num_positives is not None:
         num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
-    settings = _settings(logits, partial(autograd.ap, interpolate=interpolate), delta, 0.0, backend)
+    formula, loss = partial(autograd.ap, interpolate=interpolate), f"{'interpolated ' * interpolate}ap_loss"
+    settings = _settings(loss, formula, logits, groups, delta, 0.0, backend, process_group, gradient_reduction)
     form = check_form(logits, targets, background, ignore_index)
     negatives, positives = classify(targets, form, num_positives, "num_positives", backend)
     nothing = logits.new_zeros(positives.numel())
-    return RankingLoss.apply(logits, nothing, negatives, positives, settings)[0]
+    return autograd.ranking_loss(logits, nothing, negatives, positives, groups, settings)[0]
 
 
 def rank_sort_loss(
@@ -226,6 +248,9 @@ def rank_sort_loss(
     num_positives: int | None = None,
     background: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    groups: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
 ) -> RankSortLossOutput:
     r"""Rank & Sort Loss over all anchors and classes of a batch.
@@ -258,6 +283,9 @@ def rank_sort_loss(
             targets are read twice, and on a GPU the host waits for it.
         background: the class index that stands for background; default C.
         ignore_index: the class index that stands for an ignored anchor.
+        groups: as for :func:`alrp_loss`.
+        process_group: as for :func:`alrp_loss`.
+        gradient_reduction: as for :func:`alrp_loss`.
         backend: as for :func:`alrp_loss`.
 
     Returns:
@@ -282,15 +310,18 @@ def rank_sort_loss(
     check_tensor("logits", logits, "floating")
     if ious is not None:
         _check_logits_and("ious", logits, ious)
-        _check_ious(ious)
         if num_positives is not None:
             raise ValueError(f"num_positives must not be given beside ious, which tell it; got {num_positives}")
     elif num_positives is not None:
         num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
-    settings = _settings(logits, autograd.rank_sort, delta, eps, backend)
+    settings = _settings(
+        "rank_sort_loss", autograd.rank_sort, logits, groups, delta, eps, backend, process_group, gradient_reduction
+    )
     form = check_form(logits, targets, background, ignore_index, graded=ious is None)
     known = (num_positives, "num_positives") if ious is None else (ious.numel(), "ious")
+    if ious is not None:
+        ious = operators.checked_ious(ious.detach())
     negatives, positives = classify(targets, form, *known, backend)
     if ious is None:
-        ious = targets.reshape(-1).index_select(0, positives)
-    return RankSortLossOutput(*RankingLoss.apply(logits, ious.detach(), negatives, positives, settings)[:2])
+        ious = targets.detach().reshape(-1).index_select(0, positives)
+    return RankSortLossOutput(*autograd.ranking_loss(logits, ious, negatives, positives, groups, settings)[:2])

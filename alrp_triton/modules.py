@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checks import check_bool, check_delta, check_number
+from .dispatch import Backend, check_backend_name
+from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, check_process_group
 from .functional import (
     DELTA,
     DELTA_RS,
@@ -17,26 +19,43 @@ from .functional import (
     ap_loss,
     rank_sort_loss,
 )
-from .operators import Backend, check_backend_name
 from .targets import IGNORE_INDEX, check_indices
 
 
 class _RankingLoss(nn.Module):
     """What all losses of the family are set up with."""
 
-    def __init__(self, delta: float, background: int | None, ignore_index: int, backend: Backend) -> None:
+    def __init__(
+        self,
+        delta: float,
+        background: int | None,
+        ignore_index: int,
+        process_group: ProcessGroup | None,
+        gradient_reduction: GradientReduction,
+        backend: Backend,
+    ) -> None:
         super().__init__()
         check_indices(background, ignore_index)
+        check_process_group(process_group)
+        check_gradient_reduction(gradient_reduction)
         check_backend_name(backend)
         self.delta = check_delta(delta)
         self.background = background
         self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.gradient_reduction: GradientReduction = gradient_reduction
         self.backend: Backend = backend
 
     def _settings(self) -> dict[str, Any]:
         """The keyword arguments of the function, by name."""
-        names = ("interpolate", "delta", "eps", "background", "ignore_index", "backend")
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        of_some = {name: getattr(self, name) for name in ("interpolate", "delta", "eps") if hasattr(self, name)}
+        return of_some | {
+            "background": self.background,
+            "ignore_index": self.ignore_index,
+            "process_group": self.process_group,
+            "gradient_reduction": self.gradient_reduction,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -61,14 +80,18 @@ class ALRPLoss(_RankingLoss):
         eps: float = EPS,
         background: int | None = None,
         ignore_index: int = IGNORE_INDEX,
+        process_group: ProcessGroup | None = None,
+        gradient_reduction: GradientReduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(delta, background, ignore_index, backend)
+        super().__init__(delta, background, ignore_index, process_group, gradient_reduction, backend)
         self.eps = check_number("eps", eps, 0.0, math.inf)
 
-    def forward(self, logits: Tensor, targets: Tensor, box_errors: Tensor) -> ALRPLossOutput:
+    def forward(
+        self, logits: Tensor, targets: Tensor, box_errors: Tensor, *, groups: Tensor | None = None
+    ) -> ALRPLossOutput:
         """See :func:`alrp_triton.alrp_loss`."""
-        return alrp_loss(logits, targets, box_errors, **self._settings())
+        return alrp_loss(logits, targets, box_errors, groups=groups, **self._settings())
 
 
 class APLoss(_RankingLoss):
@@ -88,15 +111,19 @@ class APLoss(_RankingLoss):
         delta: float = DELTA,
         background: int | None = None,
         ignore_index: int = IGNORE_INDEX,
+        process_group: ProcessGroup | None = None,
+        gradient_reduction: GradientReduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(delta, background, ignore_index, backend)
+        super().__init__(delta, background, ignore_index, process_group, gradient_reduction, backend)
         check_bool("interpolate", interpolate)
         self.interpolate = interpolate
 
-    def forward(self, logits: Tensor, targets: Tensor, *, num_positives: int | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, targets: Tensor, *, num_positives: int | None = None, groups: Tensor | None = None
+    ) -> Tensor:
         """See :func:`alrp_triton.ap_loss`."""
-        return ap_loss(logits, targets, num_positives=num_positives, **self._settings())
+        return ap_loss(logits, targets, num_positives=num_positives, groups=groups, **self._settings())
 
 
 class RankSortLoss(_RankingLoss):
@@ -118,13 +145,21 @@ class RankSortLoss(_RankingLoss):
         eps: float = EPS_RS,
         background: int | None = None,
         ignore_index: int = IGNORE_INDEX,
+        process_group: ProcessGroup | None = None,
+        gradient_reduction: GradientReduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(delta, background, ignore_index, backend)
+        super().__init__(delta, background, ignore_index, process_group, gradient_reduction, backend)
         self.eps = check_number("eps", eps, 0.0, math.inf)
 
     def forward(
-        self, logits: Tensor, targets: Tensor, ious: Tensor | None = None, *, num_positives: int | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ious: Tensor | None = None,
+        *,
+        num_positives: int | None = None,
+        groups: Tensor | None = None,
     ) -> RankSortLossOutput:
         """See :func:`alrp_triton.rank_sort_loss`."""
-        return rank_sort_loss(logits, targets, ious, num_positives=num_positives, **self._settings())
+        return rank_sort_loss(logits, targets, ious, num_positives=num_positives, groups=groups, **self._settings())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tensor, check_values, describe
-from .formulas import MOST_GRADE
+from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tensor, describe
+from .dispatch import Backend
 
 IGNORE_INDEX = -1
 
@@ -74,7 +74,7 @@ def check_form(
 
 
 def classify(
-    targets: Tensor, form: TargetForm, count: int | None, source: str, backend: operators.Backend
+    targets: Tensor, form: TargetForm, count: int | None, source: str, backend: Backend
 ) -> tuple[Tensor, Tensor]:
     """Mask of the negatives, bool ``(N,)``, and flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
@@ -89,42 +89,19 @@ def classify(
         ValueError: values of targets that mean nothing, or another number of positives than ``count``. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    targets, classes = targets.detach(), form.num_classes
-    if form.graded:
-        meaning = "dense targets must be an IoU above 0 and up to 1 (positive), 0 (negative) or -1 (ignored)"
-    elif classes is None:
-        meaning = "dense targets must be 1 (positive), 0 (negative) or -1 (ignored)"
-    else:
-        meaning = (
-            f"class-index targets must be a class from 0 to {classes - 1}, {form.background} (background) or "
-            f"{form.ignore_index} (ignored)"
-        )
-    if count is None:
-        count = int(operators.classify(targets, *form, 0, backend)[2][0])
-    negatives, positives, status = operators.classify(targets, *form, count, backend)
-    found, bad = status if status.device.type == "cuda" else status.tolist()
+    return operators.classify(targets.detach(), *form, count, source, backend)
 
-    def bad_values() -> ValueError:
-        known = {form.background, form.ignore_index, *range(2 if classes is None else classes)}
-        values, counts = targets.unique(return_counts=True)
-        seen = [
-            (value, n)
-            for value, n in zip(values.tolist(), counts.tolist(), strict=True)
-            if value not in known and not (form.graded and 0 < value <= MOST_GRADE)
-        ]
-        return ValueError(
-            f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
-            "of these"
-        )
 
-    def bad_count() -> ValueError:
-        if source == "num_positives":
-            return ValueError(f"num_positives is {count}, but targets mark {int(found)} positives")
-        return ValueError(
-            f"{source} must have one value for each positive, in the order of their flat index: "
-            f"got {count} {source}, but targets mark {int(found)} positives"
+def check_groups(logits: Tensor, groups: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless groups are None, or integers in a shape that the logits' begins with."""
+    if groups is None:
+        return
+    check_tensor("groups", groups, "target")
+    if groups.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"groups must have an integer dtype, got {describe(groups)}")
+    check_same_device(logits=logits, groups=groups)
+    if groups.shape != logits.shape[: groups.ndim]:
+        raise ValueError(
+            f"groups must have a shape that the shape of logits, {tuple(logits.shape)}, begins with, such as "
+            f"{tuple(logits.shape[:1])}; got {tuple(groups.shape)}"
         )
-
-    check_values(bad == 0, bad_values, f"alrp_triton: {meaning}")
-    check_values(found == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
-    return negatives, positives

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.backends import torch_binned
+from alrp_triton.dispatch import Backend
 from alrp_triton.functional import EPS
-from alrp_triton.operators import Backend
 
 from . import baselines
 from .problems import Problem, Size

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alrp_triton import alrp_loss
-from alrp_triton.operators import Backend
+from alrp_triton.dispatch import Backend
 from bench.baselines import alrp_loss as published
 from reference import dense
 from tests.cases import FINITE

@@ -115,16 +115,16 @@ def test_self_balance() -> None:
 
 
 def test_triton_backend_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from alrp_triton import operators
+    from alrp_triton import dispatch
 
     class NoGPU:
         @staticmethod
         def runs_on(device: torch.device) -> bool:
             return False
 
-    monkeypatch.setattr(operators, "_module", {"triton_tiled": NoGPU}.__getitem__)
+    monkeypatch.setattr(dispatch, "_module", {"triton_tiled": NoGPU}.__getitem__)
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA or ROCm GPU, but the logits are on 'cpu'"):
         alrp_loss(**GOOD, backend="triton")
-    monkeypatch.setattr(operators, "_HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend='triton' needs the package triton, which is not installed"):
         alrp_triton.alrp_loss(**GOOD, backend="triton")

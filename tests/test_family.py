@@ -11,7 +11,7 @@ from torch import Tensor
 
 import alrp_triton
 from alrp_triton import APLoss, RankSortLoss, alrp_loss, ap_loss, compat, rank_sort_loss
-from alrp_triton.operators import Backend
+from alrp_triton.dispatch import Backend
 from bench.problems import Problem
 from bench.timing import peak_memory
 from reference import dense, loop
@@ -299,8 +299,14 @@ def test_modules_call_the_functions() -> None:
     )
     module = RankSortLoss(delta=0.25, eps=1e-3, backend="torch")
     assert module(logits, targets, ious) == rank_sort_loss(logits, targets, ious, delta=0.25, eps=1e-3, backend="torch")
-    assert repr(module) == "RankSortLoss(delta=0.25, eps=0.001, background=None, ignore_index=-1, backend='torch')"
-    assert repr(APLoss()) == "APLoss(interpolate=True, delta=1.0, background=None, ignore_index=-1, backend='auto')"
+    assert (
+        repr(module)
+        == "RankSortLoss(delta=0.25, eps=0.001, background=None, ignore_index=-1, process_group=None, gradient_reduction='mean', backend='torch')"
+    )
+    assert (
+        repr(APLoss())
+        == "APLoss(interpolate=True, delta=1.0, background=None, ignore_index=-1, process_group=None, gradient_reduction='mean', backend='auto')"
+    )
 
 
 @pytest.mark.parametrize("name", ["random", "ties_at_knots", "hard_step", "more_than_a_block", "nothing_ignored"])

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import (  # pyright: ignore[reportPrivateImpor
     _disable_current_modes,
 )
 
-from alrp_triton import alrp_loss, operators
-from alrp_triton.operators import Backend
+from alrp_triton import alrp_loss, dispatch
+from alrp_triton.dispatch import Backend
 
 N, P = 6000, 20
 
@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "alrp_triton":
             with self:
-                return getattr(operators, f"_{func._opname}")(*args, **(kwargs or {}))
+                return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
         for value in args:
             if isinstance(value, torch.Tensor):
                 self.known[value.untyped_storage().data_ptr()] = value.untyped_storage()
@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def gpu_path(recorder: Recorder) -> Generator[None]:
     """Every launch recorded; what the interpreter does for itself is not."""
-    module = operators._module
+    module = dispatch._module
     with pytest.MonkeyPatch.context() as monkeypatch, recorder:
         for name in ("triton_tiled", "triton_binned", "triton_targets", "triton_losses"):
             for attribute, kernel in vars(module(name)).items():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alrp_triton import ALRPLoss, ALRPLossOutput, alrp_loss
-from alrp_triton.operators import Backend
+from alrp_triton.dispatch import Backend
 from reference.dense import Result
 from reference.dense import alrp_loss as oracle
 from tests.cases import FINITE, NOT_FINITE, Case, draw
@@ -311,7 +311,10 @@ def test_module_calls_the_function() -> None:
     module = ALRPLoss(delta=0.5, eps=1e-3, backend="torch")
     expected = alrp_loss(*arguments, delta=0.5, eps=1e-3, backend="torch")
     assert all(torch.equal(a, b) for a, b in zip(module(*arguments), expected, strict=True))
-    assert repr(module) == "ALRPLoss(delta=0.5, eps=0.001, background=None, ignore_index=-1, backend='torch')"
+    assert (
+        repr(module)
+        == "ALRPLoss(delta=0.5, eps=0.001, background=None, ignore_index=-1, process_group=None, gradient_reduction='mean', backend='torch')"
+    )
     assert not module.state_dict()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import alrp_triton
 from alrp_triton import ComparisonMatrix, operators
-from alrp_triton.operators import Backend
+from alrp_triton.dispatch import Backend
 from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
 
@@ -265,7 +265,9 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
     for targets, classes in ((mask.long(), None), (torch.arange(5, device=device), 4)):
         count = int(mask.sum()) if classes is None else 4
         torch.library.opcheck(
-            torch.ops.alrp_triton.classify, (targets, classes, 4, -1, False, count, backend), test_utils=tests
+            torch.ops.alrp_triton.classify,
+            (targets, classes, 4, -1, False, count, "box_errors", backend),
+            test_utils=tests,
         )
 
 

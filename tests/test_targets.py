@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton import operators
+from alrp_triton import dispatch
 
 Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -16,7 +16,7 @@ Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def classify(request: pytest.FixtureRequest, device: str) -> Classify:
     if request.param == "numba_targets" and device != "cpu":
         pytest.skip("numba reads targets on a CPU")
-    return operators._module(request.param).classify  # pyright: ignore[reportPrivateUsage]
+    return dispatch._module(request.param).classify  # pyright: ignore[reportPrivateUsage]
 
 
 def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) -> tuple[list[bool], list[int], int]:

@@ -1,0 +1,258 @@
+"""What the processes of a gloo group do in tests/test_distributed.py.
+
+``python -m tests.ranks WORLD STORE TIMEOUT JOB... rank=RANK``, once for each process; jobs are functions of this module.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, rank_sort_loss
+from tests.compare import assert_near
+
+CLASSES = 3
+Shard = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def draw(seed: int, anchors: list[int], kinds: list[str]) -> list[Shard]:
+    """For each process: logits, class indices, values of its positives, and groups."""
+    generator = torch.Generator().manual_seed(seed)
+    shards: list[Shard] = []
+    for count, kind in zip(anchors, kinds, strict=True):
+        targets = torch.randint(-1, 4 * CLASSES, (count,), generator=generator).clamp(max=CLASSES)
+        if kind == "no positives":
+            targets = torch.where(targets < CLASSES, targets.clamp(max=-1), targets)
+        if kind == "no negatives":  # one class would be positive and the others negative
+            targets = torch.full_like(targets, -1)
+        positives = int(((targets >= 0) & (targets < CLASSES)).sum())
+        logits = torch.randn(count, CLASSES, generator=generator) * 2
+        groups = torch.randint(0, 3, (count,), generator=generator)
+        shards.append((logits, targets, torch.rand(positives, generator=generator), groups))
+    return shards
+
+
+def dense_draw(seed: int, anchors: list[int], kinds: list[str]) -> list[Shard]:
+    """The same with a mark for each logit, so that a process may have positives and no negatives."""
+    shards: list[Shard] = []
+    generator = torch.Generator().manual_seed(seed)
+    for (logits, _, _, groups), kind in zip(draw(seed, anchors, kinds), kinds, strict=True):
+        marks = torch.randint(0, 8, logits.shape, generator=generator)
+        marks = torch.where(marks == 0, 1, torch.where(marks == 1, -1, 0))
+        if kind == "no negatives":
+            marks[marks == 0] = -1
+        if kind == "no positives":
+            marks[marks == 1] = 0
+        if kind == "ignored":
+            marks[:] = -1
+        values = torch.rand(int((marks == 1).sum()), generator=generator)
+        shards.append((logits, marks, values, groups))
+    return shards
+
+
+def losses_and_gradients(loss: str, shard: Shard, grouped: bool, **settings: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """Losses, gradients, and what else there is."""
+    logits, targets, values, groups = shard
+    logits, values = logits.clone().requires_grad_(), values.clone().requires_grad_()
+    if grouped:
+        settings["groups"] = groups
+    if loss == "alrp":
+        out = alrp_loss(logits, targets, values, **settings)
+        losses, others = [out.classification, out.localisation], [out.rank, out.order]
+    elif loss == "rank_sort":
+        losses, others = list(rank_sort_loss(logits, targets, values, **settings)), []
+    else:
+        losses, others = [ap_loss(logits, targets, interpolate=loss == "ap", **settings)], []
+    gradients = torch.autograd.grad(
+        2 * losses[0] + 3 * losses[-1], [logits, values], allow_unused=True, materialize_grads=True
+    )
+    return losses, list(gradients), others
+
+
+def joint(rank: int, world: int) -> None:
+    """Every loss on shards of uneven sizes equals that of one process on all of them."""
+    kinds = ["", "no positives", "no negatives", "ignored"]
+    for seed in range(4):
+        sizes = [[7, 40, 23, 0], [0, 31, 5, 64], [1, 1, 1, 1], [90, 2, 300, 17]][seed][:world]
+        turned = [kinds[(k + seed) % 4] for k in range(world)]
+        for make in (draw, dense_draw):
+            shards = make(seed, sizes, turned)
+            whole: Any = tuple(torch.cat(parts) for parts in zip(*shards, strict=True))
+            begin, first = sum(sizes[:rank]), sum(len(shard[2]) for shard in shards[:rank])
+            end, last = begin + sizes[rank], first + len(shards[rank][2])
+            for loss in ("alrp", "ap", "ap without interpolation", "rank_sort"):
+                for delta, grouped in ((1.0, False), (0.0, True)):
+                    expected = losses_and_gradients(loss, whole, grouped, delta=delta)
+                    for reduction, scale in (("mean", world), ("sum", 1)):
+                        found = losses_and_gradients(loss, shards[rank], grouped, delta=delta, process_group="world", gradient_reduction=reduction)  # fmt: skip
+                        for mine, theirs in zip(found[0], expected[0], strict=True):
+                            assert_near(mine, theirs, 1e-6)
+                        assert_near(found[1][0], scale * expected[1][0][begin:end], 1e-6)
+                        if loss == "alrp":
+                            assert_near(found[1][1], scale * expected[1][1][first:last], 1e-6)
+                            assert_near(found[2][0], expected[2][0][first:last], 1e-6)
+                            alone = losses_and_gradients(loss, shards[rank], grouped, delta=delta)
+                            assert torch.equal(found[2][1], alone[2][1])
+
+
+class Model(nn.Module):
+    """Two branches on a shared layer, as a detector has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.classes, self.boxes = nn.Linear(6, 16), nn.Linear(16, CLASSES), nn.Linear(16, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.shared(features).tanh()
+        return self.classes(hidden), self.boxes(hidden).squeeze(-1).sigmoid()
+
+
+def train(rank: int, world: int) -> None:
+    """20 steps with DistributedDataParallel, and 20 steps of one process on the joint batch: the same weights."""
+    torch.manual_seed(0)
+    alone, shared = Model(), Model()
+    start = {name: value.clone() for name, value in alone.state_dict().items()}
+    shared.load_state_dict(start)
+    parallel = DistributedDataParallel(shared)
+    runs = [
+        (alone, ALRPLoss(), slice(None)),
+        (parallel, ALRPLoss(process_group="world"), slice(rank, None, world)),
+    ]
+    for model, criterion, mine in runs:
+        optimizer, balance = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), SelfBalance(5)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            features = torch.randn(60, 6, generator=generator)[mine]
+            targets = torch.randint(0, 4 * CLASSES, (60,), generator=generator).clamp(max=CLASSES)[mine]
+            if step % 4 == 3 and rank == 0:  # a step in which one process has no positives
+                other = torch.arange(60)[mine] % world != 0
+                targets = torch.where(other, targets, CLASSES)
+            if step % 4 == 3 and mine == slice(None):
+                targets = torch.where(torch.arange(60) % world == 0, CLASSES, targets)
+            logits, errors = model(features)
+            out = criterion(logits, targets, errors[targets < CLASSES])
+            optimizer.zero_grad()
+            (out.classification + balance(out.classification, out.localisation)).backward()
+            optimizer.step()
+    for name, value in alone.state_dict().items():
+        assert (value - start[name]).abs().max() > 0.05, f"{name} was not trained"
+        assert (shared.state_dict()[name] - value).abs().max() < 1e-5, name
+
+
+def traffic(rank: int, world: int) -> None:
+    """The bytes that are handed over do not depend on N; nothing but these two collectives is called."""
+    sent: list[int] = []
+
+    def counted(collective: Callable[..., Any], which: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent.append(args[which].nbytes)
+            return collective(*args, **kwargs)
+
+        return call
+
+    before = dist.all_gather, dist.all_reduce
+    dist.all_gather, dist.all_reduce = counted(dist.all_gather, 1), counted(dist.all_reduce, 0)
+    for n in (2_000, 500_000):
+        for positives in (50, 400):
+            sent.clear()
+            logits = torch.randn(n, requires_grad=True)
+            targets = (torch.arange(n) < positives).long()
+            out = alrp_loss(logits, targets, torch.rand(positives), process_group="world")
+            out.classification.backward()
+            assert sent == [256, 16 * positives, 8 * world * positives], sent
+    dist.all_gather, dist.all_reduce = before
+
+
+def compiled(rank: int, world: int) -> None:
+    """The exchange is part of a graph without breaks, sizes unknown."""
+    eager = partial(alrp_loss, process_group="world")
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True)
+    for seed in range(2):
+        logits, targets, values, _ = draw(seed, [40, 25], ["", "no positives" if seed else ""])[rank]
+        x, e = logits.requires_grad_(), values.requires_grad_()
+        results: list[list[Tensor]] = []
+        for function in (eager, compiled):
+            out = function(x, targets, e)
+            results.append([*out, *torch.autograd.grad(out.classification + out.localisation, [x, e])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def expect(error: type[Exception], call: Callable[[], object], *words: str) -> None:
+    with pytest.raises(error) as seen:
+        call()
+    for word in words:
+        assert word in str(seen.value)
+
+
+def calls_another_loss(rank: int, world: int) -> None:
+    """Another delta, another form, groups or none, another loss: ValueError for all, and then all is well again."""
+    logits, targets, values, groups = draw(0, [20] * world, [""] * world)[rank]
+    settings: dict[str, Any] = {"process_group": "world"}
+    odd = rank == world - 1
+
+    def another() -> object:
+        return ap_loss(logits, targets, **settings) if odd else alrp_loss(logits, targets, values, **settings)
+
+    for call in (
+        lambda: alrp_loss(logits, targets, values, delta=2.0 if odd else 1.0, **settings),
+        lambda: ap_loss(logits, targets, interpolate=odd, **settings),
+        lambda: alrp_loss(logits, targets, values, groups=groups if odd else None, **settings),
+        another,
+    ):
+        expect(ValueError, call, "process_group must call the same loss", "rank 0 called", f"rank {world - 1} ")
+    alrp_loss(logits, targets, values, **settings)
+
+
+BREAK_THE_GROUP = ("dies", "calls_nothing", "calls_another_collective")
+
+
+def dies(rank: int, world: int) -> None:
+    """One process is killed between two steps; for the others the next step is an error."""
+    shard = draw(0, [20] * world, [""] * world)[rank]
+    alrp_loss(*shard[:3], process_group="world")
+    if rank == world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    expect(RuntimeError, lambda: alrp_loss(*shard[:3], process_group="world"))
+
+
+def calls_nothing(rank: int, world: int) -> None:
+    if rank == 0:
+        time.sleep(8)  # alive, and longer than the timeout
+        return
+    shard = draw(0, [20] * world, [""] * world)[rank]
+    expect(RuntimeError, lambda: alrp_loss(*shard[:3], process_group="world"))
+
+
+def calls_another_collective(rank: int, world: int) -> None:
+    shard = draw(0, [20] * world, [""] * world)[rank]
+    call = partial(alrp_loss, *shard[:3], process_group="world")
+    expect(RuntimeError, call if rank else lambda: dist.all_reduce(torch.zeros(1000)))
+
+
+if __name__ == "__main__":
+    world, store, timeout, *jobs, of_rank = sys.argv[1:]
+    rank = int(of_rank.removeprefix("rank="))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=int(world),
+        timeout=timedelta(seconds=float(timeout)),
+    )
+    for job in jobs:
+        globals()[job](rank, int(world))
+        print("done:", job, flush=True)
+    if jobs[0] in BREAK_THE_GROUP:
+        os._exit(0)  # what is left of it is not to be waited for
+    dist.destroy_process_group()

@@ -1,0 +1,154 @@
+"""torch.compile of the losses: one graph, forward and backward, of any size, with the results of eager mode."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alrp_triton import (
+    ALRPLoss,
+    APLoss,
+    RankSortLoss,
+    SelfBalance,
+    alrp_loss,
+    ap_loss,
+    balance_by_value,
+    rank_sort_loss,
+)
+from alrp_triton.dispatch import Backend
+
+pytestmark = pytest.mark.xdist_group("inductor")
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def draw(anchors: int, positives: int, device: str, classes: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(anchors)
+    logits = torch.randn(anchors, classes, generator=generator)
+    targets = torch.full((anchors,), classes)
+    targets[:positives] = torch.randint(0, classes, (positives,), generator=generator)
+    targets[-anchors // 5 :] = -1
+    return (
+        logits.to(device).requires_grad_(),
+        targets.to(device),
+        torch.rand(positives, generator=generator).to(device).requires_grad_(),
+    )
+
+
+def as_dense(targets: Tensor, classes: int = 4) -> Tensor:
+    marks = nn.functional.one_hot(targets.clamp(min=0), classes + 1)[:, :classes]
+    return torch.where(targets[:, None] < 0, -1, marks)
+
+
+class Total(nn.Module):
+    """Each loss as a module, with what balances it."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion, self.balance = criterion, SelfBalance(3)
+
+    def forward(self, logits: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+        if isinstance(self.criterion, APLoss):
+            return self.criterion(logits, targets, num_positives=len(values)) + values.sum()
+        out = self.criterion(logits, targets, values)
+        if isinstance(self.criterion, ALRPLoss):
+            return out.classification + self.balance(out.classification, out.localisation)
+        return out.ranking + out.sorting + balance_by_value(out.ranking + out.sorting, values.mean())
+
+
+def alrp(logits: Tensor, targets: Tensor, values: Tensor, **settings: Any) -> Tensor:
+    out = alrp_loss(logits, targets, values, **settings)
+    return out.classification + out.localisation
+
+
+def ap(logits: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    return ap_loss(logits, targets) + values.sum()  # the number of positives is found out
+
+
+def rank_sort_by_grade(logits: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    marks = as_dense(targets)
+    grades = marks.float().masked_scatter(marks == 1, values.detach() * 0.9 + 0.1)
+    out = rank_sort_loss(logits, grades)
+    return out.ranking + out.sorting + values.sum()
+
+
+def in_groups(logits: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    return alrp(logits, targets, values, groups=torch.arange(len(logits), device=logits.device) // 16)
+
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "alrp": lambda: alrp,
+    "alrp, dense": lambda: lambda x, t, v: alrp(x, as_dense(t), v),
+    "alrp, hard": lambda: partial(alrp, delta=0),
+    "alrp in groups": lambda: in_groups,
+    "ap": lambda: ap,
+    "rank_sort by grade": lambda: rank_sort_by_grade,
+    "ALRPLoss": lambda: Total(ALRPLoss(delta=0.5)),
+    "APLoss": lambda: Total(APLoss()),
+    "RankSortLoss": lambda: Total(RankSortLoss()),
+}
+
+
+def step(loss: Loss, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The loss and its gradients."""
+    value = loss(*arguments)
+    return value, *torch.autograd.grad(value, [arguments[0], arguments[2]])
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, True) for name in LOSSES), ("ALRPLoss", None)])
+def test_one_graph_for_all_sizes(name: str, dynamic: bool | None, device: str) -> None:
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    before = graphs["unique_graphs"]
+    eager = LOSSES[name]()
+    compiled = torch.compile(LOSSES[name](), fullgraph=True, dynamic=dynamic)
+    for anchors, positives in ((40, 7), (40, 7), (100, 20), (333, 51), (64, 9)):
+        arguments = draw(anchors, positives, device)
+        for a, b in zip(step(compiled, arguments), step(eager, arguments), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert graphs["unique_graphs"] - before == (1 if dynamic else 2)  # one size, then any
+
+
+@pytest.mark.parametrize("name", ["alrp", "ap"])
+def test_no_positives(name: str, device: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(LOSSES[name](), fullgraph=True, dynamic=True)
+    for positives in (5, 0):
+        arguments = draw(30, positives, device)
+        for a, b in zip(step(compiled, arguments), step(LOSSES[name](), arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_every_backend(backend: Backend, device: str) -> None:
+    torch.compiler.reset()
+    loss = partial(alrp, backend=backend)
+    arguments = draw(40, 7, device)
+    for a, b in zip(step(torch.compile(loss, fullgraph=True), arguments), step(loss, arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_errors_are_those_of_eager_mode() -> None:
+    """Of values when it runs, of shapes and types when it is traced."""
+    torch.compiler.reset()
+    compiled = torch.compile(alrp, fullgraph=True, dynamic=True)
+    logits, targets, values = draw(40, 7, "cpu")
+    compiled(logits, targets, values)
+    with pytest.raises(ValueError, match="got 3 box_errors, but targets mark 7 positives"):
+        compiled(logits, targets, values[:3])
+    broken = targets.clone()
+    broken[8] = 77
+    with pytest.raises(ValueError, match=r"class-index targets must be .* got \[77\] among 1"):
+        compiled(logits, broken, values)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="targets must have the shape of logits"):  # pyright: ignore
+        compiled(logits, targets[:9], values)
+
+
+def test_no_second_derivative() -> None:
+    torch.compiler.reset()
+    logits, targets, values = draw(40, 7, "cpu")
+    loss = torch.compile(alrp, fullgraph=True, backend="aot_eager")(logits, targets, values)
+    with pytest.raises(RuntimeError):
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        gradient.sum().backward()

@@ -1,0 +1,106 @@
+"""One ranking over several processes (gloo, no network): equal to one process, little on the wire, errors and no hangs."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from alrp_triton import alrp_loss
+from tests.conftest import ROOT
+from tests.test_errors import GOOD
+
+pytestmark = pytest.mark.xdist_group("processes")
+Processes = list[subprocess.CompletedProcess[str]]
+
+
+def start(jobs: list[str], world: int, store: Path, timeout: float) -> Processes:
+    """Run jobs of tests/ranks.py on so many processes, and wait for them."""
+    command = [sys.executable, "-W", "error", "-m", "tests.ranks", str(world), str(store), str(timeout), *jobs]
+    processes = [
+        subprocess.Popen(
+            [*command, f"rank={rank}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    done: Processes = []
+    for process in processes:
+        output, errors = process.communicate(timeout=200)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
+    return done
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    jobs = ["joint", "train", "traffic", "calls_another_loss", *(["compiled"] if request.param == 2 else [])]
+    return start(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store", 60)
+
+
+def assert_done(processes: Processes, job: str) -> None:
+    for process in processes:
+        assert f"done: {job}\n" in process.stdout, process.stderr
+
+
+def test_equal_to_one_process_on_the_joint_batch(processes: Processes) -> None:
+    """Uneven sizes, processes without positives, without negatives, without anything; all losses; groups."""
+    assert_done(processes, "joint")
+
+
+def test_the_same_weights_as_one_process_after_20_steps(processes: Processes) -> None:
+    assert_done(processes, "train")
+
+
+def test_bytes_on_the_wire_do_not_depend_on_the_number_of_logits(processes: Processes) -> None:
+    assert_done(processes, "traffic")
+
+
+def test_all_see_that_they_did_not_call_the_same(processes: Processes) -> None:
+    assert_done(processes, "calls_another_loss")
+
+
+def test_compiles_without_a_graph_break(processes: Processes) -> None:
+    if len(processes) == 2:
+        assert_done(processes, "compiled")
+
+
+@pytest.mark.parametrize("job", ["dies", "calls_nothing", "calls_another_collective"])
+def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    processes = start([job], 3 if job == "dies" else 2, tmp_path / "store", 3)
+    killed = [process for process in processes if process.returncode == -9]
+    assert len(killed) == (job == "dies")
+    assert_done([process for process in processes if process not in killed], job)
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (3, TypeError, "process_group must be a torch.distributed.ProcessGroup, 'world' or None, got int"),
+        ("everybody", TypeError, "process_group must be .* got 'everybody'"),
+        (dist.GroupMember.NON_GROUP_MEMBER, ValueError, "process_group must be one that this process is a member of"),
+        ("world", ValueError, "process_group='world' needs torch.distributed.init_process_group"),
+    ],
+)
+def test_bad_process_group(given: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        alrp_loss(**GOOD, process_group=given)
+
+
+def test_one_process_is_a_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        logits, targets, errors = torch.randn(50, requires_grad=True), torch.arange(50) % 5 == 0, torch.rand(10)
+        results = [
+            alrp_loss(logits, targets, errors, process_group=group)
+            for group in (None, "world", dist.group.WORLD, dist.new_group([0]))
+        ]
+        gradients = [torch.autograd.grad(out.classification, logits)[0] for out in results]
+    finally:
+        dist.destroy_process_group()
+    for out, gradient in zip(results, gradients, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(out, results[0], strict=True))
+        assert torch.equal(gradient, gradients[0])
