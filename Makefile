@@ -3,10 +3,13 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
-demo test coverage test-cpu: export OMP_WAIT_POLICY := PASSIVE
+demo test coverage test-cpu fuzz soak: export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test coverage test-cpu lint bench compiled tables figure1 install-check clean
+# Tests run on two cores or more, those of a group in one process; PYTEST="-n 0 ..." runs them one by one.
+WORKERS := -n auto --maxprocesses 4 --dist loadgroup
+
+.PHONY: help demo test coverage test-cpu fuzz lint bench compiled soak large tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -15,13 +18,16 @@ demo: .venv/.demo  ## Train a RetinaNet with aLRP Loss on scenes of handwritten 
 	$(RUN) -m examples.digits --out demo
 
 test: .venv/.test .venv/.demo  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest $(WORKERS) $(PYTEST)
 
 coverage: .venv/.test .venv/.demo  ## The same, slower, and which lines of the package it runs
-	$(RUN) -m pytest --cov --cov-report=term $(PYTEST)
+	$(RUN) -m pytest --cov --cov-report=term $(WORKERS) $(PYTEST)
 
 test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
-	.venv-cpu/bin/python -m pytest $(PYTEST)
+	.venv-cpu/bin/python -m pytest $(WORKERS) $(PYTEST)
+
+fuzz: .venv/.test  ## 20,000 random hostile cases against the oracle, others each time (some minutes)
+	$(RUN) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)
 
 lint: .venv/.test .venv/.demo .venv/.bench .venv/.lint  ## Check style and types
 	$(RUN) -m ruff check .
@@ -33,6 +39,12 @@ bench: .venv/.bench  ## Check, then time the loss beside its baselines; writes b
 
 compiled: .venv/.bench  ## Compile all kernels for GPUs that are not there, and read registers, spills, instructions
 	$(RUN) -m bench compiled
+
+soak: .venv/.bench  ## 50,000 steps on changing sizes, memory watched (some minutes); writes bench/results/soak.json
+	$(RUN) -m bench.endurance soak
+
+large: .venv/.bench  ## A step on 3e8 and on 2.2e9 logits, checked by hand (minutes, 14 GiB); writes bench/results/large.json
+	$(RUN) -m bench.endurance large
 
 tables: .venv/.bench  ## Make the tables of README.md and docs/, and the plots, from bench/results/ again
 	$(RUN) -m bench report

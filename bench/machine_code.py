@@ -41,6 +41,31 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": read.pop("vgpr_count"), "spills": sum(read.values()), "shared": shared}
 
 
+# Arrays with an element for each logit, or target, of a kernel of such a unit; the others are of the size of P.
+_LONG_ARRAYS = ("columns_ptr", "weights_ptr", "mask_ptr", "out_ptr", "targets_ptr", "negatives_ptr")
+_POINTER = re.compile(
+    r"(%\S+) = tt\.(addptr|splat|broadcast|expand_dims) (%[\w#]+)"
+    r"(?:, %[\w#-]+ : \S+, (?:tensor<[\dx]*)?(i\d+))?"
+)
+
+
+def addresses(compiled: Any) -> dict[str, list[bool]]:
+    """For each long array of a kernel, whether each of its addresses has a 64-bit part in its offset.
+
+    Of Triton's own intermediate code, which all targets have in common. A 32-bit offset is right where 64 bits led to
+    the beginning of the block.
+    """
+    root: dict[str, str] = {f"%{name}": name for name in _LONG_ARRAYS}
+    wide: dict[str, bool] = dict.fromkeys(root, False)
+    found: dict[str, list[bool]] = {}
+    for name, operation, base, offset in _POINTER.findall(compiled.asm["ttir"]):
+        if base in root:
+            root[name], wide[name] = root[base], wide[base] or offset == "i64"
+            if operation == "addptr":
+                found.setdefault(root[base], []).append(wide[name])
+    return found
+
+
 class _Line(NamedTuple):
     label: str = ""
     instruction: str = ""
@@ -145,6 +170,7 @@ def read(name: str, target: str, columns: str) -> dict[str, Any]:
     """What one compiled kernel is like."""
     kernel, compiled = kernels(target, columns)[name], compile_kernel(name, target, columns)
     record: dict[str, Any] = {"kernel": name, "target": target, "columns": columns, **resources(compiled)}
+    record["addresses"] = addresses(compiled)
     if kernel.unit:
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
         record |= {"unit": kernel.unit, "by_unit": _by_unit(kernel, blocks, threads)}

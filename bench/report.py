@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import endurance
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .problems import HEADLINE
 from .run import ROOT
@@ -121,6 +122,8 @@ def render(report: dict[str, Any], name: str) -> str:
         from . import model  # needs triton
 
         return model.render(report, name)
+    if "soak" in report or "large" in report:
+        return endurance.render(report)
     special = {"run": _conditions, "headline": _headline, "growth": _growth, "gate": _gate}
     return special[name](report) if name in special else _times(report, name)
 

@@ -49,6 +49,11 @@ def comparison_matrix(rows: ArrayLike, columns: ArrayLike, delta: float) -> Arra
         return np.clip(distance / (2 * delta) + 0.5, 0, 1)
 
 
+def _false_positives(to_negatives: Array, to_positives: Array) -> Array:
+    """How many negatives outrank each positive; NaN where there are no ranks, even if there are no negatives."""
+    return to_negatives.sum(axis=1) + 0 * np.diag(to_positives)
+
+
 def alrp_loss(
     logits: ArrayLike, targets: ArrayLike, box_errors: ArrayLike, delta: float = 1.0, eps: float = 1e-5
 ) -> Result:
@@ -71,7 +76,7 @@ def alrp_loss(
     np.fill_diagonal(others, 0 * np.diag(to_positives))
     at_or_above = comparison_matrix(s[positives], s[positives], 0.0)
 
-    false_positives = to_negatives.sum(axis=1)
+    false_positives = _false_positives(to_negatives, to_positives)
     rank = 1 + others.sum(axis=1) + false_positives
     classification = np.mean(false_positives / rank)
     localisation = np.mean((at_or_above @ errors) / rank)
@@ -128,10 +133,11 @@ def rank_sort_loss(
         return RankSortResult(0.0, 0.0, grad_ranking, grad_sorting)
     to_negatives = comparison_matrix(s[positives], s[negatives], delta)
     to_positives = comparison_matrix(s[positives], s[positives], delta)  # with itself, by h(0)
+    false_positives = _false_positives(to_negatives, to_positives)
     if not np.isfinite(grades).all():  # one leaves no order
         grades, to_positives = np.full(count, np.nan), np.full_like(to_positives, np.nan)
 
-    false_positives, above = to_negatives.sum(axis=1), to_positives.sum(axis=1)
+    above = to_positives.sum(axis=1)
     ranking = false_positives / (above + false_positives)
     active = ~(false_positives <= eps)
     pull = np.where(active, ranking, 0.0)

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, that is before their first use
 
-settings.register_profile("ci", derandomize=True)  # what fails in CI fails for everybody
-if "CI" in os.environ:
-    settings.load_profile("ci")
+# Tests that do not say themselves how many random cases they take: tests/test_fuzz.py.
+settings.register_profile("some", max_examples=400)
+settings.register_profile("ci", max_examples=400, derandomize=True)  # what fails in CI fails for everybody
+settings.register_profile("fuzz", max_examples=20_000, print_blob=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("ci" if "CI" in os.environ else "some")
 
 
 @pytest.fixture

@@ -1,18 +1,26 @@
 """What users import, with and without triton, and how the operators behave under torch's tracing."""
 
+# pyright: reportPrivateUsage=false
 import ast
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportPrivateImportUsage]
 
 import alrp_triton
-from alrp_triton import alrp_loss, ap_loss, autograd, rank_sort_loss
+from alrp_triton import alrp_loss, ap_loss, autograd, dispatch, rank_sort_loss
+from alrp_triton.dispatch import Backend
 from tests.cases import FINITE
 from tests.conftest import ROOT
 
@@ -77,7 +85,7 @@ def test_layers_import_one_way() -> None:
 class Context:
     """What autograd hands to a function; autograd's own engine wants a real GPU."""
 
-    needs_input_grad = (True, True, False, False, False)
+    needs_input_grad = (True, True, False, False, False, False, False)
     saved_tensors: tuple[Any, ...] = ()
 
     def save_for_backward(self, *tensors: Any) -> None:
@@ -88,32 +96,80 @@ class Context:
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
+class Inside(TorchDispatchMode):
+    """The package's operators run on fake tensors as they are, instead of their fake kernels; launches do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "alrp_triton":
+            return func(*args, **(kwargs or {}))
+        self.seen.add(func._opname)
+        with self:
+            return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
+
+
+class NoLaunch:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None  # pyright: ignore[reportUnknownLambdaType]
+
+
+@pytest.fixture
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton_tiled", "triton_binned", "triton_graded", "triton_targets", "triton_losses"):
+        module = dispatch._module(name)
+        for attribute in vars(module):
+            if attribute.endswith("_kernel"):
+                monkeypatch.setattr(module, attribute, NoLaunch())
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+
+
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a CPU build of torch cannot trace for a GPU")
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("kernels", ["triton_tiled", "triton_binned"])
 @pytest.mark.parametrize("form", ["dense", "classes"])
 @pytest.mark.parametrize("loss", ["alrp", "ap", "rank_sort", "rank_sort_graded"])
-def test_no_host_sync_on_a_gpu(loss: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_sync_on_a_gpu(loss: str, form: str, kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward trace on fake CUDA tensors, where anything that reads a value back raises."""
     if loss == "rank_sort_graded" and form == "classes":
         pytest.skip("class indices hold no IoU")
     context, function = Context(), autograd.RankingLoss
     monkeypatch.setattr(function, "apply", partial(function.forward, context))
-    with FakeTensorMode():
+    with FakeTensorMode(), Inside() as inside:
         logits = torch.randn(50, 8, device="cuda")
         targets = torch.zeros((50, 8) if form == "dense" else 50, dtype=torch.int64, device="cuda")
         values = torch.rand(7, device="cuda")
         if loss == "alrp":
-            assert alrp_loss(logits, targets, values).rank.shape == (7,)
+            assert alrp_loss(logits, targets, values, backend=kernels).rank.shape == (7,)
         elif loss == "ap":
-            assert ap_loss(logits, targets, num_positives=7).shape == ()
+            assert ap_loss(logits, targets, num_positives=7, backend=kernels).shape == ()
         elif loss == "rank_sort":
-            assert rank_sort_loss(logits, targets, values).sorting.shape == ()
+            assert rank_sort_loss(logits, targets, values, backend=kernels).sorting.shape == ()
         else:
-            assert rank_sort_loss(logits, targets.float(), num_positives=7).sorting.shape == ()
+            assert rank_sort_loss(logits, targets.float(), num_positives=7, backend=kernels).sorting.shape == ()
         one = torch.ones((), device="cuda")
         grad_logits, grad_values, *_ = function.backward(context, one, None if loss == "ap" else one, None, None)
         assert grad_logits is not None
         assert (grad_logits.shape, grad_logits.device.type, grad_logits.dtype) == ((50, 8), "cuda", torch.float32)
         assert (grad_values is not None) == (loss == "alrp")
+    assert inside.seen >= {"classify", "matvec", "rmatvec"}
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a CPU build of torch cannot trace for a GPU")
+@pytest.mark.usefixtures("no_launches")
+def test_what_waits_for_the_gpu_is_seen() -> None:
+    """Where the number of positives is not told, the host reads it; and groups."""
+    with FakeTensorMode(), Inside():
+        logits, targets = torch.randn(50, 8, device="cuda"), torch.zeros(50, dtype=torch.int64, device="cuda")
+        groups = torch.zeros(50, dtype=torch.int64, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            ap_loss(logits, targets, backend="triton_tiled")
+        with pytest.raises(DynamicOutputShapeException):
+            ap_loss(logits, targets, num_positives=7, groups=groups, backend="triton_tiled")
 
 
 def test_deepcopy_and_pickle_of_the_module() -> None:

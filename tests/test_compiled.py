@@ -16,6 +16,7 @@ from alrp_triton import cost
 from bench import model
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("compiled")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 
 
@@ -47,6 +48,28 @@ def test_every_kernel_of_the_package_is_compiled(records: list[dict[str, Any]]) 
     kernels = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
     names = {record["kernel"].removesuffix(" hard") for record in records}
     assert len(kernels) == len(names - {"targets graded"})  # a form of the dense kernel
+
+
+def test_logits_and_targets_are_addressed_in_64_bits(records: list[dict[str, Any]]) -> None:
+    """So there may be more than 2**31 of them, on every target. What is of the size of P has 32."""
+    long = {
+        "tiled matvec": ["columns_ptr", "weights_ptr"],
+        "tiled rmatvec": ["columns_ptr", "mask_ptr", "out_ptr"],
+        "binned count": ["columns_ptr", "weights_ptr"],
+        "binned evaluate": ["columns_ptr", "mask_ptr", "out_ptr"],
+        "targets dense": ["targets_ptr", "negatives_ptr"],
+        "targets graded": ["targets_ptr", "negatives_ptr"],
+        "targets classes": ["targets_ptr", "negatives_ptr"],
+    }
+    seen = 0
+    for record in records:
+        for array in long.get(record["kernel"].removesuffix(" hard"), []):
+            assert record["addresses"][array], (record["kernel"], array)
+            assert all(record["addresses"][array]), (record["kernel"], record["target"], array)
+            seen += 1
+    assert seen >= 10 * 2 * len(TARGETS)
+    of_rows = [record["addresses"]["weights_ptr"] for record in records if record["kernel"] == "tiled rmatvec"]
+    assert not any(any(wide) for wide in of_rows)  # so the reader tells 32 bits from 64
 
 
 @pytest.mark.parametrize("hard", [False, True])

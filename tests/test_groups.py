@@ -62,13 +62,16 @@ def of_oracle(loss: str, logits: Any, targets: Any, values: Any, delta: float) -
 
 def one_by_one(loss: str, batch: Batch, delta: float) -> Result:
     """The mean over the groups, each weighted by its number of positives."""
-    groups = np.broadcast_to(batch.groups.reshape(batch.groups.shape + (1,) * (3 - batch.groups.ndim)), SHAPE)
+    shape, missing = batch.logits.shape, batch.logits.ndim - batch.groups.ndim
+    groups = np.broadcast_to(batch.groups.reshape(batch.groups.shape + (1,) * missing), shape)
     positive, total = batch.targets == 1, len(batch.values)
     losses: list[float] = [0.0, 0.0]
-    of_logits = [np.zeros(SHAPE), np.zeros(SHAPE)]
+    of_logits = [np.zeros(shape), np.zeros(shape)]
     of_values = np.zeros(total)
     for group in np.unique(groups):
         here, mine = groups == group, (groups == group)[positive]
+        if not mine.any():
+            continue
         weight = mine.sum() / total
         out = of_oracle(loss, batch.logits[here], batch.targets[here], batch.values[mine], delta)
         for k, (value, gradient) in enumerate(zip(out.losses, out.gradients, strict=True)):
@@ -83,7 +86,7 @@ def one_by_one(loss: str, batch: Batch, delta: float) -> Result:
 
 
 def run(loss: str, batch: Batch, delta: float, device: str, backend: Backend = "auto", **settings: Any) -> Result:
-    logits = torch.tensor(batch.logits, device=device, requires_grad=True)
+    logits = torch.as_tensor(batch.logits).to(device).clone().requires_grad_()
     values = torch.tensor(batch.values, device=device, requires_grad=True)
     targets, groups = (torch.tensor(a, device=device) for a in (batch.targets, batch.groups))
     settings |= {"groups": groups, "delta": delta, "backend": backend}
