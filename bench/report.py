@@ -17,7 +17,7 @@ from .run import ROOT
 from .tables import number, table
 from .timing import Row, exponents
 
-PAGES = ("README.md", "docs/performance.md", "docs/alrp.md")
+PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md")
 _BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # Columns that say how many times faster a contender is than a baseline.

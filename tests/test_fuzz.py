@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -88,12 +88,16 @@ def compare(actual: Result, expected: Result, case: Fuzz) -> None:
         assert np.isnan(a) or a == e or abs(a - e) <= 2e-6 * max(abs(e), 1e-6), (a, e)
     for k, (mine, theirs) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
         of_errors = case.loss == "alrp" and k == 1
-        a, e = as_numpy(mine), as_numpy(torch.tensor(as_numpy(theirs)).to(mine.dtype))  # which may overflow there
+        # Half precision may overflow.
+        a, e = (
+            as_numpy(mine),
+            as_numpy(torch.tensor(as_numpy(theirs)).to(torch.float32 if of_errors else DTYPES[case.dtype])),
+        )
         assert np.array_equal(np.isnan(a), np.isnan(e)), np.flatnonzero(np.isnan(a) != np.isnan(e))
         finite = np.isfinite(e)
         assert np.array_equal(a[~finite], e[~finite], equal_nan=True)
         largest = np.abs(e[finite]).max(initial=0)
-        assert np.abs(a - e)[finite].max(initial=0) <= (2e-6 if of_errors else digits) * largest + smallest
+        assert np.abs(a[finite] - e[finite]).max(initial=0) <= (2e-6 if of_errors else digits) * largest + smallest
 
 
 @settings(deadline=None)
@@ -103,7 +107,9 @@ def test_against_the_oracle(case: Fuzz) -> None:
     with np.errstate(all="ignore"):
         expected = one_by_one(case.loss, exact, case.delta)
     if near_a_jump(case):
+        event("left out: the update of a positive jumps within rounding")
         return
+    event(f"{case.loss}, {case.backend}")
     compare(run(case.loss, case.batch, case.delta, DEVICE, case.backend), expected, case)
 
 

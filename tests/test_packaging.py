@@ -1,12 +1,19 @@
-"""The wheel holds the package and nothing else."""
+"""The wheel holds the package and nothing else, is the same each time, and fetches, evaluates and unpickles nothing."""
 
+import ast
+import subprocess
+import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import hatchling.build
 import pytest
 
 from tests.conftest import ROOT
+
+SOURCES = sorted((ROOT / "alrp_triton").rglob("*.py"))
 
 
 def test_wheel_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +25,59 @@ def test_wheel_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert {name for name in names if not name.startswith("alrp_triton-")} == package
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("build", [hatchling.build.build_wheel, hatchling.build.build_sdist], ids=["wheel", "sdist"])
+def test_builds_are_reproducible(build: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, at another time and into another folder."""
+    monkeypatch.chdir(ROOT)
+    built: list[bytes] = []
+    for turn in range(2):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        built.append((folder / build(str(folder))).read_bytes())
+        time.sleep(2.1 * (1 - turn))  # a ZIP file's time has steps of two seconds
+    assert built[0] == built[1]
+
+
+def test_nothing_is_evaluated_unpickled_or_fetched() -> None:
+    """Of the source: no eval or exec, no unpickling, nothing that opens a connection or starts a program."""
+    modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "socket", "urllib", "http", "requests", "ftplib", "subprocess"}  # fmt: skip
+    calls = {"eval", "exec", "compile", "__import__", "system", "popen", "load_state_dict_from_url", "urlopen", "unpickle"}  # fmt: skip
+    assert len(SOURCES) > 30
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [(node.module or "").split(".")[0]]
+            assert not modules & set(names), f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                assert name not in calls, f"{path}:{node.lineno} calls {name}"
+                assert not (name in ("load", "loads") and "torch" in ast.dump(node.func)), f"{path}:{node.lineno}"
+
+
+OFFLINE = """
+import sys
+watched = ("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "subprocess.Popen", "os.system", "os.exec")
+seen = []
+sys.addaudithook(lambda event, args: seen.append((event, str(args)[:80])) if event in watched else None)
+import torch
+before = len(seen)  # what torch does at its import is torch's
+from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
+logits = torch.randn(500, requires_grad=True)
+targets = (torch.arange(500) < 20).long()
+for backend in ("torch", "numba"):
+    for out in (alrp_loss(logits, targets, torch.rand(20), backend=backend), rank_sort_loss(logits, targets, torch.rand(20), backend=backend)):
+        out[0].backward()
+    ap_loss(logits, targets, backend=backend).backward()
+print(seen[before:])
+"""
+
+
+def test_nothing_is_fetched_or_started_when_it_runs() -> None:
+    """Python's audit events of an import and a step of each loss."""
+    done = subprocess.run([sys.executable, "-c", OFFLINE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
