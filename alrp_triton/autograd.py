@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from . import operators
 from .comparison import SortedMatrix
 from .dispatch import Backend
+from .distributed import ORDER
 
 
 class Settings(NamedTuple):
@@ -50,18 +51,17 @@ class Terms(NamedTuple):
     """``(P,)``: gradient of the second loss in the values of all positives that are not below."""
 
 
-# From the matrix, the positives' values, the order of the scores, settings, dtype of the losses, and whether the
-# logits want a gradient.
-Formula = Callable[[SortedMatrix, Tensor, Tensor, Settings, torch.dtype, bool], Terms]
+# From the matrix, what is ranked, settings, dtype of the losses, and whether the logits want a gradient.
+Formula = Callable[[SortedMatrix, "Ranked", Settings, torch.dtype, bool], Terms]
 
 
-def alrp(matrix: SortedMatrix, errors: Tensor, order: Tensor, settings: Settings, dtype: torch.dtype, _: bool) -> Terms:
+def alrp(matrix: SortedMatrix, ranked: "Ranked", settings: Settings, dtype: torch.dtype, _: bool) -> Terms:
     """ALRP Loss; the values are box errors."""
     classification, localisation, rank, update = operators.alrp_terms(
-        matrix.matvec(),
-        matrix.among_rows(errors),
-        errors,
-        order,
+        ranked.false_positives,
+        matrix.among_rows(ranked.values),
+        ranked.values,
+        ranked.order,
         matrix.at_zero,
         settings.eps,
         dtype,
@@ -72,33 +72,24 @@ def alrp(matrix: SortedMatrix, errors: Tensor, order: Tensor, settings: Settings
 
 
 def ap(
-    matrix: SortedMatrix,
-    nothing: Tensor,
-    order: Tensor,
-    settings: Settings,
-    dtype: torch.dtype,
-    _: bool,
-    *,
-    interpolate: bool,
+    matrix: SortedMatrix, ranked: "Ranked", settings: Settings, dtype: torch.dtype, _: bool, *, interpolate: bool
 ) -> Terms:
     """AP Loss; the positives have no values but 0."""
-    above = matrix.among_rows(nothing)[0]
+    above = matrix.among_rows(ranked.values)[0]
     loss, update = operators.ap_terms(
-        matrix.matvec(), above, matrix.at_zero, interpolate, dtype, settings.backend, matrix.row_groups
+        ranked.false_positives, above, matrix.at_zero, interpolate, dtype, settings.backend, ranked.groups
     )
     return Terms(loss, None, None, *update)
 
 
-def rank_sort(
-    matrix: SortedMatrix, ious: Tensor, order: Tensor, settings: Settings, dtype: torch.dtype, wanted: bool
-) -> Terms:
+def rank_sort(matrix: SortedMatrix, ranked: "Ranked", settings: Settings, dtype: torch.dtype, wanted: bool) -> Terms:
     """Rank & Sort Loss; the values are IoUs."""
     ranking, sorting, update = operators.rank_sort_terms(
-        matrix.matvec(), matrix.among_grades(ious), settings.eps, dtype, settings.backend
+        ranked.false_positives, matrix.among_grades(ranked.values), settings.eps, dtype, settings.backend
     )
     own, share, own_sorting, share_sorting = update
     if wanted:
-        own_sorting = own_sorting + matrix.below_grades(ious, share_sorting)
+        own_sorting = own_sorting + matrix.below_grades(ranked.values, share_sorting)
     return Terms(ranking, sorting, None, own, share, own_sorting)
 
 
@@ -117,8 +108,11 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-class Positives(NamedTuple):
-    """What is ranked: the positives of this process, or with a process group those of all its processes."""
+class Ranked(NamedTuple):
+    """The positives in ascending order of their scores, group by group.
+
+    With a process group these are the positives of all its processes.
+    """
 
     scores: Tensor
     """float64 ``(P,)``"""
@@ -126,32 +120,47 @@ class Positives(NamedTuple):
     """float64 ``(P,)``"""
     groups: Tensor | None
     """int64 ``(P,)``"""
+    order: Tensor
+    """int64 ``(P,)``, the place that each had before."""
     mine: Tensor | None
-    """int64, where those of this process are; None: all are."""
+    """int64, the places before that those of this process had; None: all are of this process."""
+    false_positives: Tensor
+    """float64 ``(P,)``: FP, over the negatives of all processes."""
 
 
-def find_positives(
-    logits: Tensor, values: Tensor, positives: Tensor, groups: Tensor | None, settings: Settings
-) -> Positives:
-    """The positives at flat indices ``positives``, and those of the other processes."""
+def rank(
+    logits: Tensor, values: Tensor, negatives: Tensor, positives: Tensor, groups: Tensor | None, settings: Settings
+) -> Ranked:
+    """Compare the positives at flat indices ``positives``, and those of the other processes, with the negatives.
+
+    All that processes tell each other is told here, outside of the autograd function.
+    """
     flat = logits.detach().reshape(-1)
-    scores, wide, of_positives = flat.index_select(0, positives).double(), values.detach().double(), None
+    scores, wide = flat.index_select(0, positives).double(), values.detach().double()
+    row_groups = mine = None
     if groups is not None:
         run = max(flat.numel() // max(groups.numel(), 1), 1)
-        of_positives = groups.index_select(0, positives // run)
-    if not settings.process_group:
-        return Positives(scores, wide, of_positives, None)
-    scores, wide, of_all, mine = operators.gather_positives(
-        scores, wide, of_positives, settings.call, settings.process_group
-    )
-    return Positives(scores, wide, None if groups is None else of_all, mine)
+        row_groups = groups.index_select(0, positives // run)
+    if settings.process_group:
+        scores, wide, of_all, mine = operators.gather_positives(
+            scores, wide, row_groups, ORDER, settings.call, settings.process_group
+        )
+        row_groups = None if groups is None else of_all
+    scores, order = scores.sort(stable=True)
+    if row_groups is not None:
+        row_groups, by_group = row_groups.index_select(0, order).sort(stable=True)
+        scores, order = scores.index_select(0, by_group), order.index_select(0, by_group)
+    sums = SortedMatrix(scores, flat, negatives, settings.delta, settings.backend, row_groups, groups).matvec()
+    if settings.process_group:
+        sums = operators.sum_over_ranks(sums, ORDER, settings.process_group)
+    return Ranked(scores, wide.index_select(0, order), row_groups, order, mine, sums)
 
 
 class RankingLoss(torch.autograd.Function):
     """Forward and error-driven backward of a ranking loss; saves its inputs, the mask and O(P) numbers.
 
-    Inside, all that belongs to the positives is in ascending order of their scores, group by group. With a process
-    group these are the positives of all its processes; ``own`` then tells where among them those of this process are.
+    Inside, all that belongs to the positives is in the order of :class:`Ranked`; ``own`` tells where among those of all
+    processes those of this one are.
     """
 
     @staticmethod
@@ -162,39 +171,39 @@ class RankingLoss(torch.autograd.Function):
         negatives: Tensor,
         positives: Tensor,
         groups: Tensor | None,
-        ranked: Positives,
+        ranked: Ranked,
         settings: Settings,
     ) -> tuple[Tensor | None, ...]:
-        scores, wide, row_groups, mine = ranked
-        scores, order = scores.sort(stable=True)
-        if row_groups is not None:
-            row_groups, by_group = row_groups.index_select(0, order).sort(stable=True)
-            scores, order = scores.index_select(0, by_group), order.index_select(0, by_group)
         matrix = SortedMatrix(
-            scores, logits.detach().reshape(-1), negatives, settings.delta, settings.backend, row_groups, groups,
-            settings.process_group,
-        )  # fmt: skip
+            ranked.scores,
+            logits.detach().reshape(-1),
+            negatives,
+            settings.delta,
+            settings.backend,
+            ranked.groups,
+            groups,
+        )
         dtype = torch.promote_types(torch.promote_types(logits.dtype, values.dtype), torch.float32)
-        terms = settings.formula(matrix, wide.index_select(0, order), order, settings, dtype, ctx.needs_input_grad[0])
-        own, rank, pulls = None, terms.rank, (terms.own, terms.own_second)
-        if mine is not None:
-            own, order = order.argsort().index_select(0, mine).sort()
-            rank = None if rank is None else rank.index_select(0, mine)
+        terms = settings.formula(matrix, ranked, settings, dtype, ctx.needs_input_grad[0])
+        own, order, ranks, pulls = None, ranked.order, terms.rank, (terms.own, terms.own_second)
+        if ranked.mine is not None:
+            own, order = order.argsort().index_select(0, ranked.mine).sort()
+            ranks = None if ranks is None else ranks.index_select(0, ranked.mine)
             pulls = (None if pull is None else pull.index_select(0, own) for pull in pulls)
 
         ctx.settings = settings
         kept = values if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(
-            logits, kept, negatives, scores, row_groups, groups, own, order, positives.index_select(0, order),
+            logits, kept, negatives, ranked.scores, ranked.groups, groups, own, order, positives.index_select(0, order),
             terms.share, terms.of_rank, *pulls,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         wants_first, wants_values = ctx.needs_input_grad[:2]
         wants_second = wants_first if terms.of_rank is None else wants_values
         losses = (terms.first, wants_first), (terms.second, wants_second)
-        still = [rank, order, *(loss for loss, wanted in losses if not wanted)]
+        still = [ranks, order, *(loss for loss, wanted in losses if not wanted)]
         ctx.mark_non_differentiable(*(tensor for tensor in still if tensor is not None))
-        return terms.first, terms.second, rank, order
+        return terms.first, terms.second, ranks, order
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -252,6 +261,7 @@ def ranking_loss(
         groups: integers, the group of each of so many equal runs of the logits; or None.
         settings: see there.
     """
-    groups = None if groups is None else groups.reshape(-1).long()
-    ranked = find_positives(logits, values, positives, groups, settings)
+    if groups is not None:  # a copy: it is kept for the backward pass, and the caller may write on
+        groups = groups.reshape(-1).to(torch.int64, copy=True)
+    ranked = rank(logits, values, negatives, positives, groups, settings)
     return RankingLoss.apply(logits, values, negatives, positives, groups, ranked, settings)

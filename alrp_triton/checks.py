@@ -80,7 +80,7 @@ def check_bool(name: str, value: object) -> None:
 
 def check_delta(delta: object) -> float:
     """Delta as a float. TypeError or ValueError unless it is 0 or a number that float32 can divide by."""
-    number = check_number("delta", delta, 0.0, math.inf)
+    number = check_number("delta", delta, 0.0, math.inf) + 0.0  # which makes 0 of -0
     if number != 0 and not _DELTA_MIN <= number <= _DELTA_MAX:
         raise ValueError(f"delta must be 0 or between 2**-126 and 2**125, got {delta}")
     return number

@@ -30,8 +30,6 @@ class SortedMatrix(NamedTuple):
     backend: Backend
     row_groups: Tensor | None = None
     column_groups: Tensor | None = None
-    process_group: str = ""
-    """The columns are spread over its processes, and each has all rows; "": there is one process."""
 
     @property
     def at_zero(self) -> float:
@@ -40,10 +38,9 @@ class SortedMatrix(NamedTuple):
 
     def matvec(self, v: Tensor | None = None) -> Tensor:
         weights = self.mask if v is None else v
-        sums = operators.matvec(
+        return operators.matvec(
             self.rows, self.columns, weights, self.delta, self.backend, self.row_groups, self.column_groups
         )
-        return operators.sum_over_ranks(sums, self.process_group) if self.process_group else sums
 
     def rmatvec(self, w: Tensor) -> Tensor:
         return operators.rmatvec(

@@ -5,7 +5,11 @@ compares its own negatives, and the sum over all processes of what that gives. A
 every process for itself, and its part of the gradient from its own logits.
 """
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,15 +21,24 @@ GradientReduction = Literal["mean", "sum"]
 
 _HEADER = 256  # bytes: how many positives, and what was called
 _AT = 8
+_GAVE_UP = -1
+_calls = WeakKeyDictionary[ProcessGroup, int]()  # of each group, so that a call is never taken for the next one
+
+ORDER = torch.zeros((), dtype=torch.int64)
+"""``gather_positives`` reads it, and ``sum_over_ranks`` writes to it. So a compiler can neither drop a call nor let two
+of them change places: other processes wait for them, in their order."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def check_process_group(process_group: object) -> None:
     """Raise TypeError or ValueError unless it is None, ``"world"``, or a group that this process is a member of."""
-    if process_group is None or process_group == "world":
+    if process_group is None or (isinstance(process_group, str) and process_group == "world"):
         return
     if not dist.is_available():
         raise ValueError("process_group needs torch.distributed, which this build of torch lacks")
-    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group must be one that this process is a member of, got NON_GROUP_MEMBER")
     if not isinstance(process_group, dist.ProcessGroup):
         seen = repr(process_group) if isinstance(process_group, str) else type(process_group).__name__
@@ -65,23 +78,64 @@ def _all_gather(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
     return parts
 
 
+class ProcessesDisagreeError(ValueError):
+    """The processes of a group did not call the same; raised on all of them."""
+
+
 def _counts(count: int, call: str, group: ProcessGroup, device: torch.device) -> list[int]:
-    """How many positives each process has; ValueError on all of them if they did not call the same."""
-    said = call.encode()[: _HEADER - _AT].ljust(_HEADER - _AT)
-    header = torch.frombuffer(bytearray(count.to_bytes(_AT, "little") + said), dtype=torch.uint8)
-    heard = [bytes(part.tolist()) for part in _all_gather(header.to(device), group)]
+    """How many positives each process has; ValueError on all of them if one gave up, or did not call the same."""
+    number = _calls[group] = _calls.get(group, 0) + 1
+    said = f"{call} as its call {number}".encode()[: _HEADER - _AT].ljust(_HEADER - _AT)
+    header = torch.frombuffer(bytearray(count.to_bytes(_AT, "little", signed=True) + said), dtype=torch.uint8)
+    heard = [bytes(part) for part in torch.stack(_all_gather(header.to(device), group)).tolist()]
+    counts = [int.from_bytes(part[:_AT], "little", signed=True) for part in heard]
     calls = [part[_AT:].decode(errors="replace").rstrip() for part in heard]
     for rank, other in enumerate(calls):
+        if counts[rank] == _GAVE_UP:
+            raise ProcessesDisagreeError(f"rank {rank} of process_group gave up with an error: {other}")
+    for rank, other in enumerate(calls):
         if other != calls[0]:
-            raise ValueError(
-                f"all processes of process_group must call the same loss with the same settings, but rank 0 called "
-                f"{calls[0]} and rank {rank} {other}"
+            raise ProcessesDisagreeError(
+                f"all processes of process_group must call the same loss with the same settings, as often, but its "
+                f"rank 0 called {calls[0]} and its rank {rank} {other}"
             )
-    return [int.from_bytes(part[:_AT], "little") for part in heard]
+    return counts
+
+
+def tells_the_others(loss: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A loss whose errors of input, on one process, are errors on all processes of its process group.
+
+    Otherwise those would wait until the timeout of the group, or take part in the next call of that process.
+    """
+
+    @wraps(loss)
+    def call(*arguments: _P.args, **settings: _P.kwargs) -> _R:
+        try:
+            return loss(*arguments, **settings)
+        except ProcessesDisagreeError:  # all know
+            raise
+        except (TypeError, ValueError) as error:
+            _tell(settings.get("process_group"), f"{type(error).__name__}: {error}")
+            raise
+
+    return call
+
+
+def _tell(process_group: ProcessGroup | None, error: str) -> None:
+    try:
+        name, _ = name_and_size(process_group)
+    except (TypeError, ValueError):  # this is the error: there is nobody to tell
+        return
+    if name:
+        group = _group(name)
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
+        with suppress(ProcessesDisagreeError, RuntimeError):
+            _counts(_GAVE_UP, error, group, device)
 
 
 def gather_positives(
-    scores: Tensor, values: Tensor, groups: Tensor | None, call: str, process_group: str
+    scores: Tensor, values: Tensor, groups: Tensor | None, order: Tensor, call: str, process_group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What all processes know of their positives, rank after rank.
 
@@ -92,6 +146,7 @@ def gather_positives(
         scores: float64 ``(own P,)``.
         values: float64 ``(own P,)``.
         groups: int64 ``(own P,)``, or None.
+        order: :data:`ORDER`.
         call: what was called, with its settings; has to be the same everywhere.
         process_group: name of the group.
 
@@ -116,8 +171,9 @@ def gather_positives(
     return everybodys[0].view(torch.float64), everybodys[1].view(torch.float64), everybodys[2], mine
 
 
-def sum_over_ranks(numbers: Tensor, process_group: str) -> Tensor:
+def sum_over_ranks(numbers: Tensor, order: Tensor, process_group: str) -> Tensor:
     """The sum over all processes, the same on each of them; 8 bytes a number and process on the wire, or twice that."""
+    order.add_(1)
     total = numbers.clone()
     if total.numel():
         dist.all_reduce(total, group=_group(process_group))

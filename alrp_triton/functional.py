@@ -10,7 +10,7 @@ from . import autograd, operators
 from .autograd import Formula, Settings
 from .checks import check_bool, check_delta, check_integer, check_number, check_same_device, check_tensor
 from .dispatch import Backend, check_backend_name
-from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size
+from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size, tells_the_others
 from .targets import IGNORE_INDEX, check_form, check_groups, classify
 
 DELTA = 1.0
@@ -27,9 +27,9 @@ class ALRPLossOutput(NamedTuple):
     localisation: Tensor
     """0-d; mean ranked localisation error. Differentiable in ``box_errors``."""
     rank: Tensor
-    """``(P,)``; rank of each positive among all logits that count, at least 1. Not differentiable."""
+    """``(P,)``; rank of each positive among all logits that count (of its group), at least 1. Not differentiable."""
     order: Tensor
-    """``(P,)`` int64; ascending, stable argsort of the positives' logits. Not differentiable."""
+    """``(P,)`` int64; ascending, stable argsort of the positives' logits (by group, and then logit)."""
 
 
 class RankSortLossOutput(NamedTuple):
@@ -57,7 +57,7 @@ def _settings(
     check_groups(logits, groups)
     check_gradient_reduction(gradient_reduction)
     name, size = name_and_size(process_group)
-    call = f"{loss}(delta={delta}, eps={eps}) {'without' if groups is None else 'with'} groups"
+    call = f"{loss}(delta={delta}, eps={eps}, {gradient_reduction!r}) {'without' if groups is None else 'with'} groups"
     return Settings(formula, call, delta, eps, backend, name, size if gradient_reduction == "mean" else 1.0)
 
 
@@ -70,6 +70,7 @@ def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
     check_same_device(logits=logits, **{name: values})
 
 
+@tells_the_others
 def alrp_loss(
     logits: Tensor,
     targets: Tensor,
@@ -142,9 +143,9 @@ def alrp_loss(
           positives count for each other both ways; ``order`` is stable. Values and gradients do not depend on the order
           of the input, but for rounding.
         * NaN in a positive's or negative's logit, +-inf in a positive's logit: both losses and the gradients of all
-          logits that count are NaN. NaN or +-inf in a box error: ``localisation`` is NaN, and so is every update that
-          contains it: those of positives with FP_i > eps and, if there is one, of the negatives. -inf and +inf
-          negatives behave as the step says. Ignored logits are not looked at, and get gradient 0.
+          logits that count, in its group, are NaN. NaN or +-inf in a box error: ``localisation`` is NaN, and so is
+          every update that contains it: those of positives with FP_i > eps and, if there is one, of the negatives. -inf
+          and +inf negatives behave as the step says. Ignored logits are not looked at, and get gradient 0.
         * Second derivatives raise RuntimeError.
 
     Raises:
@@ -168,6 +169,7 @@ def alrp_loss(
     return ALRPLossOutput(*autograd.ranking_loss(logits, box_errors, negatives, positives, groups, settings))
 
 
+@tells_the_others
 def ap_loss(
     logits: Tensor,
     targets: Tensor,
@@ -238,6 +240,7 @@ def ap_loss(
     return autograd.ranking_loss(logits, nothing, negatives, positives, groups, settings)[0]
 
 
+@tells_the_others
 def rank_sort_loss(
     logits: Tensor,
     targets: Tensor,

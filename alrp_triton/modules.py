@@ -25,6 +25,10 @@ from .targets import IGNORE_INDEX, check_indices
 class _RankingLoss(nn.Module):
     """What all losses of the family are set up with."""
 
+    # For modules that version 0.3 pickled.
+    process_group: ProcessGroup | None = None
+    gradient_reduction: GradientReduction = "mean"
+
     def __init__(
         self,
         delta: float,
@@ -43,7 +47,7 @@ class _RankingLoss(nn.Module):
         self.background = background
         self.ignore_index = ignore_index
         self.process_group = process_group
-        self.gradient_reduction: GradientReduction = gradient_reduction
+        self.gradient_reduction = gradient_reduction
         self.backend: Backend = backend
 
     def _settings(self) -> dict[str, Any]:

@@ -107,10 +107,10 @@ def _gather_positives(
 _library = torch.library.Library("alrp_triton", "DEF")
 
 
-def _define(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(kernel: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
     """The operator of the kernel's name and signature."""
     name = kernel.__name__
-    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()))
+    _library.define(name + torch.library.infer_schema(kernel, mutates_args=mutates))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alrp_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.alrp_triton, name)
@@ -128,4 +128,4 @@ rank_sort_terms = _define(dispatch.rank_sort_terms, _rank_sort_terms)
 classify = _define(dispatch.classify, _classify)
 checked_ious = _define(dispatch.checked_ious, _like_first)
 gather_positives = _define(distributed.gather_positives, _gather_positives)
-sum_over_ranks = _define(distributed.sum_over_ranks, _like_first)
+sum_over_ranks = _define(distributed.sum_over_ranks, _like_first, ("order",))

@@ -3,6 +3,7 @@
 ``python -m tests.ranks WORLD STORE TIMEOUT JOB... rank=RANK``, once for each process; jobs are functions of this module.
 """
 
+# pyright: reportPrivateUsage=false
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, rank_sort_loss
+from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, distributed, rank_sort_loss
 from tests.compare import assert_near
 
 CLASSES = 3
@@ -186,6 +187,21 @@ def compiled(rank: int, world: int) -> None:
             results.append([*out, *torch.autograd.grad(out.classification + out.localisation, [x, e])])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
+    def three(x: Tensor, t: Tensor, y: Tensor, u: Tensor, used: bool) -> tuple[Tensor, ...]:
+        """In one graph, of sizes that suggest another order to each process, and of which one may not be used."""
+        first = ap_loss((x * 2).sin() * 3, t, num_positives=4, process_group="world")
+        second = ap_loss(y, u, num_positives=4, process_group="world")
+        third = ap_loss(y.tanh(), u, num_positives=4, process_group="world")
+        return (first, second, third) if used else (second, third)
+
+    sizes = (9000, 36) if rank == 0 else (36, 9000)
+    x, y = (torch.randn(n, generator=torch.Generator().manual_seed(n + rank)).requires_grad_() for n in sizes)
+    t, u = ((torch.arange(size) < 4).long() for size in sizes)
+    expected = three(x, t, y, u, True)
+    for used, backend in ((True, "inductor"), (rank == 0, "aot_eager")):
+        found = torch.compile(three, fullgraph=True, dynamic=False, backend=backend)(x, t, y, u, used)
+        assert all(torch.equal(a, b) for a, b in zip(found[-2:], expected[-2:], strict=True))
+
 
 def expect(error: type[Exception], call: Callable[[], object], *words: str) -> None:
     with pytest.raises(error) as seen:
@@ -207,10 +223,36 @@ def calls_another_loss(rank: int, world: int) -> None:
         lambda: alrp_loss(logits, targets, values, delta=2.0 if odd else 1.0, **settings),
         lambda: ap_loss(logits, targets, interpolate=odd, **settings),
         lambda: alrp_loss(logits, targets, values, groups=groups if odd else None, **settings),
+        lambda: alrp_loss(logits, targets, values, gradient_reduction="sum" if odd else "mean", **settings),
         another,
     ):
-        expect(ValueError, call, "process_group must call the same loss", "rank 0 called", f"rank {world - 1} ")
+        expect(ValueError, call, "process_group must call the same loss", "its rank 0 called", f"its rank {world - 1} ")
     alrp_loss(logits, targets, values, **settings)
+
+
+def gives_up(rank: int, world: int) -> None:
+    """Bad input of one process: its own error there, an error that names it on the others; and all is well again."""
+    logits, targets, values, _ = draw(0, [20] * world, [""] * world)[rank]
+    settings: dict[str, Any] = {"process_group": "world"}
+    odd = rank == world - 1
+    for call, words in (
+        (lambda: alrp_loss(logits, targets, values[:-1] if odd else values, **settings), "positives"),
+        (lambda: alrp_loss(logits, targets + 77 if odd else targets, values, **settings), "class-index targets must"),
+        (lambda: ap_loss(logits, targets, delta=-1.0 if odd else 1.0, **settings), "delta must be at least 0"),
+        (lambda: rank_sort_loss(logits, targets, values + 2 if odd else values, **settings), "ious must be in [0, 1]"),
+    ):
+        expect(
+            ValueError, call, words if odd else f"rank {world - 1} of process_group gave up with an error: ValueError: "
+        )
+    alrp_loss(logits, targets, values, **settings)
+
+
+def skips_a_call(rank: int, world: int) -> None:
+    """What is the second call of one process is not taken for the first of another."""
+    logits, targets, _, _ = draw(0, [20] * world, [""] * world)[rank]
+    if rank == 0:  # as a call that was lost between two compiled graphs
+        distributed._calls[dist.group.WORLD] = distributed._calls.get(dist.group.WORLD, 0) + 1
+    expect(ValueError, lambda: ap_loss(logits, targets, process_group="world"), "as its call")
 
 
 BREAK_THE_GROUP = ("dies", "calls_nothing", "calls_another_collective")

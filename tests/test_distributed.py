@@ -47,7 +47,15 @@ def start(jobs: list[str], world: int, store: Path, timeout: float) -> Processes
 
 @pytest.fixture(scope="module", params=[2, 4])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Processes:
-    jobs = ["joint", "train", "traffic", "calls_another_loss", *(["compiled"] if request.param == 2 else [])]
+    jobs = [
+        "joint",
+        "train",
+        "traffic",
+        "calls_another_loss",
+        "gives_up",
+        *(["compiled"] if request.param == 2 else []),
+        "skips_a_call",
+    ]
     return start(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store", 60)
 
 
@@ -73,6 +81,14 @@ def test_all_see_that_they_did_not_call_the_same(processes: Processes) -> None:
     assert_done(processes, "calls_another_loss")
 
 
+def test_all_hear_of_bad_input_on_one(processes: Processes) -> None:
+    assert_done(processes, "gives_up")
+
+
+def test_calls_are_counted(processes: Processes) -> None:
+    assert_done(processes, "skips_a_call")
+
+
 def test_compiles_without_a_graph_break(processes: Processes) -> None:
     if len(processes) == 2:
         assert_done(processes, "compiled")
@@ -86,6 +102,23 @@ def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
     assert len(killed) == (job == "dies")
     assert_done([process for process in processes if process not in killed], job)
     assert time.monotonic() - begin < 60
+
+
+def test_the_example_learns() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "examples.ddp",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.split()[5]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert errors[-1] < 0.5 * errors[0]
 
 
 def test_one_process_is_a_group(tmp_path: Path) -> None:

@@ -176,6 +176,22 @@ def test_no_logits(shape: tuple[int, ...], device: str) -> None:
     assert out.classification == 0
 
 
+def test_groups_are_the_callers(device: str) -> None:
+    """They may come from inference mode, and be written to before the backward pass."""
+    batch = draw("one an anchor")
+    expected = run("alrp", batch, 1.0, device).gradients[0]
+    with torch.inference_mode():
+        of_inference = torch.tensor(batch.groups, device=device)
+    written = torch.tensor(batch.groups, device=device)
+    for groups in (of_inference, written):
+        logits = torch.tensor(batch.logits, device=device, requires_grad=True)
+        targets, values = (torch.tensor(a, device=device) for a in (batch.targets, batch.values))
+        loss = alrp_loss(logits, targets, values, groups=groups).classification
+        if groups is written:
+            groups.zero_()
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], expected)
+
+
 def test_groups_of_a_large_batch_cost_little_more() -> None:
     """Linear: as many operations for each group as for a batch without groups, and not one for each pair of groups."""
     from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportPrivateImportUsage]

@@ -328,3 +328,9 @@ def test_a_detector_learns_to_rank() -> None:
         logits = (logits - 10 * gradient).detach().requires_grad_()
     assert alrp_loss(logits, targets, errors).classification < 0.01
     assert logits[targets == 1].min() > logits[targets == 0].max()
+
+
+def test_minus_zero_is_a_hard_step() -> None:
+    case = FINITE["hard_ties"]
+    arguments = [torch.tensor(a) for a in case[:3]]
+    assert torch.equal(alrp_loss(*arguments, delta=-0.0).rank, alrp_loss(*arguments, delta=0).rank)
