@@ -24,7 +24,7 @@ _AT = 8
 _GAVE_UP = -1
 _calls = WeakKeyDictionary[ProcessGroup, int]()  # of each group, so that a call is never taken for the next one
 
-ORDER = torch.zeros((), dtype=torch.int64)
+ORDER = torch.zeros((), dtype=torch.int64, device="cpu")
 """``gather_positives`` reads it, and ``sum_over_ranks`` writes to it. So a compiler can neither drop a call nor let two
 of them change places: other processes wait for them, in their order."""
 
@@ -85,8 +85,9 @@ class ProcessesDisagreeError(ValueError):
 def _counts(count: int, call: str, group: ProcessGroup, device: torch.device) -> list[int]:
     """How many positives each process has; ValueError on all of them if one gave up, or did not call the same."""
     number = _calls[group] = _calls.get(group, 0) + 1
-    said = f"{call} as its call {number}".encode()[: _HEADER - _AT].ljust(_HEADER - _AT)
-    header = torch.frombuffer(bytearray(count.to_bytes(_AT, "little", signed=True) + said), dtype=torch.uint8)
+    said = call if count == _GAVE_UP else f"{call} as its call {number}"
+    text = said.encode()[: _HEADER - _AT].ljust(_HEADER - _AT)
+    header = torch.frombuffer(bytearray(count.to_bytes(_AT, "little", signed=True) + text), dtype=torch.uint8)
     heard = [bytes(part) for part in torch.stack(_all_gather(header.to(device), group)).tolist()]
     counts = [int.from_bytes(part[:_AT], "little", signed=True) for part in heard]
     calls = [part[_AT:].decode(errors="replace").rstrip() for part in heard]

@@ -1,5 +1,6 @@
 """One ranking over several processes (gloo, no network): equal to one process, little on the wire, errors and no hangs."""
 
+# pyright: reportPrivateUsage=false
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alrp_triton import alrp_loss
+from alrp_triton import alrp_loss, distributed, operators
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -130,6 +131,11 @@ def test_one_process_is_a_group(tmp_path: Path) -> None:
             for group in (None, "world", dist.group.WORLD, dist.new_group([0]))
         ]
         gradients = [torch.autograd.grad(out.classification, logits)[0] for out in results]
+        scores, name = torch.rand(5, dtype=torch.float64), dist.distributed_c10d._get_default_group().group_name
+        for groups in (None, torch.arange(5)):
+            arguments = scores, scores, groups, distributed.ORDER, "a call", name
+            torch.library.opcheck(operators.gather_positives, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operators.sum_over_ranks, (scores, distributed.ORDER, name), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
     finally:
         dist.destroy_process_group()
     for out, gradient in zip(results, gradients, strict=True):

@@ -1,5 +1,7 @@
 """The comparison matrix: both products of each backend against the dense matrix, and what must hold by itself."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,31 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
             (targets, classes, 4, -1, False, count, "box_errors", backend),
             test_utils=tests,
         )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_operators_pass_opcheck_with_groups_and_unknown_sizes(dynamic: bool, backend: Backend, device: str) -> None:
+    rows, columns, mask = draw(12, 100, torch.float32, device)
+    rows = rows.double().sort().values
+    row_groups = torch.tensor([0] * 5 + [2] * 7, device=device)
+    rows = torch.cat([part.sort().values for part in (rows[:5], rows[5:])])
+    column_groups = torch.tensor([2, 0, 1, 2, 0], device=device)
+    tests = ("test_schema", "test_faketensor", *(["test_aot_dispatch_dynamic"] if dynamic else []))
+    ops, of_rows, of_both = torch.ops.alrp_triton, (row_groups,), (row_groups, column_groups)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.matvec, (rows, columns, mask, 1.0, backend, *of_both)),
+        (ops.rmatvec, (rows, rows, columns, mask, 1.0, backend, *of_both)),
+        (ops.among_rows, (rows, rows, 1.0, backend, *of_rows)),
+        (ops.below_rows, (rows, rows, backend, *of_rows)),
+        (ops.among_grades, (rows, rows.abs(), 1.0, backend, *of_rows)),
+        (ops.below_grades, (rows, rows.abs(), rows, 1.0, backend, *of_rows)),
+        (ops.ap_terms, (rows.abs(), rows.abs() + 1, 0.5, True, torch.float32, backend, *of_rows)),
+        (ops.checked_ious, (torch.rand(5, device=device),)),
+    ]
+    if not dynamic:  # aot_dispatch compares two runs, and knows no size that they find out
+        calls.append((ops.classify, (mask.long(), None, 0, -1, False, None, "num_positives", backend)))
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_auto_on_the_cpu_is_numba() -> None:
