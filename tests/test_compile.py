@@ -20,10 +20,8 @@ from alrp_triton import (
 )
 from alrp_triton.dispatch import Backend
 
-pytestmark = [
-    pytest.mark.xdist_group("inductor"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch 2.13 compiles by deprecated parts of its own
-]
+# torch 2.13 compiles by deprecated parts of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -16,7 +16,6 @@ from alrp_triton import cost
 from bench import model
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("compiled")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from alrp_triton import alrp_loss, distributed, operators
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("processes")
 Processes = list[subprocess.CompletedProcess[str]]
 
 
