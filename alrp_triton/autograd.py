@@ -23,7 +23,7 @@ class Settings(NamedTuple):
 
     formula: "Formula"
     call: str
-    """The loss and its settings, for the other processes to compare."""
+    """The loss and its settings, for the other processes to compare; "" where there are none."""
     delta: float
     eps: float
     backend: Backend
@@ -128,6 +128,19 @@ class Ranked(NamedTuple):
     """float64 ``(P,)``: FP, over the negatives of all processes."""
 
 
+def _matrix(
+    scores: Tensor,
+    row_groups: Tensor | None,
+    logits: Tensor,
+    negatives: Tensor,
+    groups: Tensor | None,
+    settings: Settings,
+) -> SortedMatrix:
+    """Rows: the positives. Columns: the negatives among the logits of this process."""
+    flat = logits.detach().reshape(-1)
+    return SortedMatrix(scores, flat, negatives, settings.delta, settings.backend, row_groups, groups)
+
+
 def rank(
     logits: Tensor, values: Tensor, negatives: Tensor, positives: Tensor, groups: Tensor | None, settings: Settings
 ) -> Ranked:
@@ -135,11 +148,10 @@ def rank(
 
     All that processes tell each other is told here, outside of the autograd function.
     """
-    flat = logits.detach().reshape(-1)
-    scores, wide = flat.index_select(0, positives).double(), values.detach().double()
+    scores, wide = logits.detach().reshape(-1).index_select(0, positives).double(), values.detach().double()
     row_groups = mine = None
     if groups is not None:
-        run = max(flat.numel() // max(groups.numel(), 1), 1)
+        run = max(logits.numel() // max(groups.numel(), 1), 1)
         row_groups = groups.index_select(0, positives // run)
     if settings.process_group:
         scores, wide, of_all, mine = operators.gather_positives(
@@ -150,7 +162,7 @@ def rank(
     if row_groups is not None:
         row_groups, by_group = row_groups.index_select(0, order).sort(stable=True)
         scores, order = scores.index_select(0, by_group), order.index_select(0, by_group)
-    sums = SortedMatrix(scores, flat, negatives, settings.delta, settings.backend, row_groups, groups).matvec()
+    sums = _matrix(scores, row_groups, logits, negatives, groups, settings).matvec()
     if settings.process_group:
         sums = operators.sum_over_ranks(sums, ORDER, settings.process_group)
     return Ranked(scores, wide.index_select(0, order), row_groups, order, mine, sums)
@@ -174,15 +186,7 @@ class RankingLoss(torch.autograd.Function):
         ranked: Ranked,
         settings: Settings,
     ) -> tuple[Tensor | None, ...]:
-        matrix = SortedMatrix(
-            ranked.scores,
-            logits.detach().reshape(-1),
-            negatives,
-            settings.delta,
-            settings.backend,
-            ranked.groups,
-            groups,
-        )
+        matrix = _matrix(ranked.scores, ranked.groups, logits, negatives, groups, settings)
         dtype = torch.promote_types(torch.promote_types(logits.dtype, values.dtype), torch.float32)
         terms = settings.formula(matrix, ranked, settings, dtype, ctx.needs_input_grad[0])
         own, order, ranks, pulls = None, ranked.order, terms.rank, (terms.own, terms.own_second)
@@ -213,9 +217,7 @@ class RankingLoss(torch.autograd.Function):
         settings: Settings = ctx.settings
         grad_logits = grad_values = None
         with torch.no_grad():
-            matrix = SortedMatrix(
-                scores, logits.detach().reshape(-1), negatives, settings.delta, settings.backend, row_groups, groups
-            )
+            matrix = _matrix(scores, row_groups, logits, negatives, groups, settings)
             incoming = [
                 g if g is None or settings.gradient_scale == 1 else g * settings.gradient_scale
                 for g in (of_first, of_second)

@@ -116,23 +116,23 @@ def tells_the_others(loss: Callable[_P, _R]) -> Callable[_P, _R]:
         except ProcessesDisagreeError:  # all know
             raise
         except (TypeError, ValueError) as error:
-            _tell(settings.get("process_group"), f"{type(error).__name__}: {error}")
+            tensors = (value for value in (*arguments, *settings.values()) if isinstance(value, Tensor))
+            device = next((tensor.device for tensor in tensors), torch.device("cpu"))  # that of the logits, mostly
+            _tell(settings.get("process_group"), f"{type(error).__name__}: {error}", device)
             raise
 
     return call
 
 
-def _tell(process_group: ProcessGroup | None, error: str) -> None:
+def _tell(process_group: ProcessGroup | None, error: str, device: torch.device) -> None:
     try:
         name, _ = name_and_size(process_group)
     except (TypeError, ValueError):  # this is the error: there is nobody to tell
         return
     if name:
-        group = _group(name)
-        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
         with suppress(ProcessesDisagreeError, RuntimeError):
-            _counts(_GAVE_UP, error, group, device)
+            _counts(_GAVE_UP, error, _group(name), device)
 
 
 def gather_positives(

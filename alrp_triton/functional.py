@@ -57,7 +57,9 @@ def _settings(
     check_groups(logits, groups)
     check_gradient_reduction(gradient_reduction)
     name, size = name_and_size(process_group)
-    call = f"{loss}(delta={delta}, eps={eps}, {gradient_reduction!r}) {'without' if groups is None else 'with'} groups"
+    call = ""
+    if name:
+        call = f"{loss}(delta={delta}, eps={eps}, {gradient_reduction!r}) with{'out' * (groups is None)} groups"
     return Settings(formula, call, delta, eps, backend, name, size if gradient_reduction == "mean" else 1.0)
 
 
