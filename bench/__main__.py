@@ -16,11 +16,8 @@ from .contenders import RULE
 from .gate import TOLERANCE, check
 from .problems import sizes
 from .report import fill, markdown, pages, render
-from .run import ROOT, describe_run
+from .run import RESULTS, ROOT, describe_run, store
 from .timing import SECONDS, STEADY, TRIES, sweep
-
-RESULTS = ROOT / "bench" / "results"
-
 
 GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False, cuda=False)))
 
@@ -72,12 +69,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _store(report: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"stored in {out}", file=sys.stderr)
-
-
 def _run(options: argparse.Namespace) -> int:
     device = torch.device(["cpu", "cuda"][torch.cuda.is_available()] if options.device == "auto" else options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -121,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
     print(markdown(report))
     partial = options.groups or options.max_anchors or options.quick
     if options.out or not partial:
-        _store(report, options.out or RESULTS / f"{name}.json")
+        store(report, options.out or RESULTS / f"{name}.json")
     else:
         print("A partial run: not stored without --out.", file=sys.stderr)
     return 0
@@ -146,7 +137,7 @@ def _compiled(out: Path) -> int:
     kernels = matrix(("sm_80", "sm_90", "sm_100", "gfx942"), ("fp32",))
     report = {"run": describe_run(torch.device("cpu")), "kernels": kernels}
     print(render(report, "all"), render(report, "model"), sep="\n\n")
-    _store(report, out)
+    store(report, out)
     return 0
 
 

@@ -4,10 +4,8 @@
 """
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +14,15 @@ from tqdm import tqdm
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 
-from .run import ROOT, describe_run
+from .run import RESULTS, describe_run, store
 from .tables import table
+from .timing import resident
 
-RESULTS = ROOT / "bench" / "results"
 _LARGE = (
     (300_000_000, torch.float32, "torch"),
     (300_000_000, torch.float32, "numba"),
     (2_200_000_000, torch.bfloat16, "numba"),
 )
-
-
-def _resident_mib() -> float:
-    """Of this process, now (Linux)."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
-    return int(line.split()[1]) / 1024
 
 
 def _problem(generator: torch.Generator, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,7 +41,7 @@ def _problem(generator: torch.Generator, most: int) -> tuple[Tensor, Tensor, Ten
 
 def soak(steps: int, most: int, seed: int) -> dict[str, Any]:
     """Forward + backward of all losses in turn, by torch and numba, with and without groups, on changing sizes."""
-    generator, memory, losses = torch.Generator().manual_seed(seed), dict[int, float](), 0
+    generator, memory = torch.Generator().manual_seed(seed), dict[int, float]()
     begin = time.perf_counter()
     for step in tqdm(range(steps)):
         logits, targets, values, groups = _problem(generator, most)
@@ -69,10 +61,9 @@ def soak(steps: int, most: int, seed: int) -> dict[str, Any]:
         assert logits.grad is not None
         if not (total.isfinite() and logits.grad.isfinite().all() and 0 <= total <= 2):
             raise ArithmeticError(f"step {step}: the loss is {total}")
-        losses += 1
         if (step + 1) % max(steps // 50, 1) == 0:
-            memory[step + 1] = round(_resident_mib(), 1)
-    return {"steps": losses, "most": most, "seed": seed, "seconds": time.perf_counter() - begin, "resident_mib": memory}
+            memory[step + 1] = round(resident("VmRSS") / 2**20, 1)
+    return {"steps": steps, "most": most, "seed": seed, "seconds": time.perf_counter() - begin, "resident_mib": memory}
 
 
 def _chunks(n: int, size: int = 1 << 24) -> list[slice]:
@@ -164,7 +155,7 @@ def main() -> None:
     else:
         report["large"] = [large(*size, options.seed) for size in _LARGE]
     print(render(report))
-    (RESULTS / f"{options.command}.json").write_text(json.dumps(report, indent=1) + "\n")
+    store(report, RESULTS / f"{options.command}.json")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """On what a benchmark runs: device, versions, commit."""
 
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +14,14 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def store(report: dict[str, Any], out: Path) -> None:
+    """Write a result file, and say so."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"stored in {out}", file=sys.stderr)
 
 
 def _git(*arguments: str) -> str | None:

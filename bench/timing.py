@@ -55,7 +55,8 @@ def _time(contender: Contender, wait: bool) -> float:
     return 1e3 * elapsed
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes that this process has in memory (Linux): VmRSS now, VmHWM at its peak."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
@@ -75,9 +76,9 @@ def peak_memory(contender: Contender, problem: Problem) -> float | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)  # memory that is free but not given back would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     contender()
-    return (_resident("VmHWM") - before) / 2**20
+    return (resident("VmHWM") - before) / 2**20
 
 
 def _take_turns(found: dict[str, Contender], cuda: bool, repeats: int) -> dict[str, list[float]]:
