@@ -1,6 +1,8 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on the same tests."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,22 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, that is before their first use
+
+
+def run_together(*commands: list[str], timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
+    """Python with these arguments, all at once, from the repository's root."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    done: list[subprocess.CompletedProcess[str]] = []
+    for process in processes:
+        output, errors = process.communicate(timeout=timeout)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
+    return done
+
 
 # Tests that do not say themselves how many random cases they take: tests/test_fuzz.py.
 settings.register_profile("some", max_examples=400)

@@ -4,7 +4,6 @@
 import ast
 import re
 import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,13 +14,13 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportPrivateImportUsage]
 
 import alrp_triton
-from alrp_triton import alrp_loss, ap_loss, autograd, dispatch, rank_sort_loss
+from alrp_triton import alrp_loss, ap_loss, autograd, rank_sort_loss
 from alrp_triton.dispatch import Backend
 from tests.cases import FINITE
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_together
+from tests.inside import Inside, replace_kernels
 
 
 def test_public_names() -> None:
@@ -37,9 +36,8 @@ def test_public_names() -> None:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    (done,) = run_together(["-W", "error", "-c", code])
+    return done
 
 
 def test_import_needs_no_triton() -> None:
@@ -95,21 +93,6 @@ class Context:
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-class Inside(TorchDispatchMode):
-    """The package's operators run on fake tensors as they are, instead of their fake kernels; launches do nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "alrp_triton":
-            return func(*args, **(kwargs or {}))
-        self.seen.add(func._opname)
-        with self:
-            return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
-
-
 class NoLaunch:
     """In place of a kernel."""
 
@@ -119,11 +102,7 @@ class NoLaunch:
 
 @pytest.fixture
 def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("triton_tiled", "triton_binned", "triton_graded", "triton_targets", "triton_losses"):
-        module = dispatch._module(name)
-        for attribute in vars(module):
-            if attribute.endswith("_kernel"):
-                monkeypatch.setattr(module, attribute, NoLaunch())
+    replace_kernels(monkeypatch, lambda kernel, name: NoLaunch())
     monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
 
 
@@ -155,7 +134,7 @@ def test_no_host_sync_on_a_gpu(loss: str, form: str, kernels: Backend, monkeypat
         assert grad_logits is not None
         assert (grad_logits.shape, grad_logits.device.type, grad_logits.dtype) == ((50, 8), "cuda", torch.float32)
         assert (grad_values is not None) == (loss == "alrp")
-    assert inside.seen >= {"classify", "matvec", "rmatvec"}
+    assert inside.operators >= {"classify", "matvec", "rmatvec"}
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a CPU build of torch cannot trace for a GPU")

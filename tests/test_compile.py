@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +12,12 @@ from alrp_triton import (
     APLoss,
     RankSortLoss,
     SelfBalance,
-    alrp_loss,
     ap_loss,
     balance_by_value,
     rank_sort_loss,
 )
 from alrp_triton.dispatch import Backend
+from tests.test_training import total as alrp
 
 # torch 2.13 compiles by deprecated parts of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -57,11 +56,6 @@ class Total(nn.Module):
         if isinstance(self.criterion, ALRPLoss):
             return out.classification + self.balance(out.classification, out.localisation)
         return out.ranking + out.sorting + balance_by_value(out.ranking + out.sorting, values.mean())
-
-
-def alrp(logits: Tensor, targets: Tensor, values: Tensor, **settings: Any) -> Tensor:
-    out = alrp_loss(logits, targets, values, **settings)
-    return out.classification + out.localisation
 
 
 def ap(logits: Tensor, targets: Tensor, values: Tensor) -> Tensor:

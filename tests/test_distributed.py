@@ -2,7 +2,6 @@
 
 # pyright: reportPrivateUsage=false
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from alrp_triton import alrp_loss, distributed, operators
-from tests.conftest import ROOT
+from tests.conftest import run_together
 
 Processes = list[subprocess.CompletedProcess[str]]
 
@@ -20,7 +19,6 @@ def start(jobs: list[str], world: int, store: Path, timeout: float) -> Processes
     """Run jobs of tests/ranks.py on so many processes, and wait for them."""
     # torch 2.13 warns of deprecation where it compiles any autograd function.
     command = [
-        sys.executable,
         "-W",
         "error",
         "-W",
@@ -30,19 +28,8 @@ def start(jobs: list[str], world: int, store: Path, timeout: float) -> Processes
         str(world),
         str(store),
         str(timeout),
-        *jobs,
     ]
-    processes = [
-        subprocess.Popen(
-            [*command, f"rank={rank}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    done: Processes = []
-    for process in processes:
-        output, errors = process.communicate(timeout=200)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
-    return done
+    return run_together(*([*command, *jobs, f"rank={rank}"] for rank in range(world)))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -89,9 +76,9 @@ def test_calls_are_counted(processes: Processes) -> None:
     assert_done(processes, "skips_a_call")
 
 
+@pytest.mark.parametrize("processes", [2], indirect=True)
 def test_compiles_without_a_graph_break(processes: Processes) -> None:
-    if len(processes) == 2:
-        assert_done(processes, "compiled")
+    assert_done(processes, "compiled")
 
 
 @pytest.mark.parametrize("job", ["dies", "calls_nothing", "calls_another_collective"])
@@ -105,17 +92,9 @@ def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
 
 
 def test_the_example_learns() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "examples.ddp",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (done,) = run_together(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "examples.ddp"]
+    )
     assert done.returncode == 0, done.stderr
     errors = [float(line.split()[5]) for line in done.stdout.splitlines() if line.startswith("step")]
     assert errors[-1] < 0.5 * errors[0]

@@ -11,18 +11,16 @@ from typing import Any
 # pyright: reportPrivateUsage=false
 import pytest
 import torch
-from torch.utils._python_dispatch import (  # pyright: ignore[reportPrivateImportUsage]
-    TorchDispatchMode,
-    _disable_current_modes,
-)
+from torch.utils._python_dispatch import _disable_current_modes
 
-from alrp_triton import alrp_loss, dispatch
+from alrp_triton import alrp_loss
 from alrp_triton.dispatch import Backend
+from tests.inside import Inside, replace_kernels
 
 N, P = 6000, 20
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Inside):
     """Names of operations and launches, and sizes in bytes of what they allocated."""
 
     def __init__(self) -> None:
@@ -32,14 +30,11 @@ class Recorder(TorchDispatchMode):
         self.allocated: list[tuple[str, int]] = []
         self.known: dict[int, torch.UntypedStorage] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "alrp_triton":
-            with self:
-                return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         for value in args:
             if isinstance(value, torch.Tensor):
                 self.known[value.untyped_storage().data_ptr()] = value.untyped_storage()
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if not func.is_view:
             if not func._opname.startswith(("empty", "new_empty", "promote_types")):  # which launch nothing
                 self.operations.append(func._opname)
@@ -57,12 +52,8 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def gpu_path(recorder: Recorder) -> Generator[None]:
     """Every launch recorded; what the interpreter does for itself is not."""
-    module = dispatch._module
     with pytest.MonkeyPatch.context() as monkeypatch, recorder:
-        for name in ("triton_tiled", "triton_binned", "triton_targets", "triton_losses"):
-            for attribute, kernel in vars(module(name)).items():
-                if attribute.endswith("_kernel"):
-                    monkeypatch.setattr(module(name), attribute, _Recorded(kernel, attribute, recorder))
+        replace_kernels(monkeypatch, lambda kernel, name: _Recorded(kernel, name, recorder))
         yield
 
 

@@ -12,6 +12,7 @@ from alrp_triton import ALRPLoss, alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.dispatch import Backend
 from reference import dense
 from tests.compare import assert_gradient, assert_near
+from tests.inside import Inside
 
 SHAPE = (4, 30, 3)  # images, anchors, classes
 LOSSES = ("alrp", "ap", "ap without interpolation", "rank_sort")
@@ -194,28 +195,21 @@ def test_groups_are_the_callers(device: str) -> None:
 
 def test_groups_of_a_large_batch_cost_little_more() -> None:
     """Linear: as many operations for each group as for a batch without groups, and not one for each pair of groups."""
-    from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportPrivateImportUsage]
 
-    class Counter(TorchDispatchMode):
+    class Counter(Inside):
         seen = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "alrp_triton" and func._opname in ("matvec", "rmatvec"):
-                from alrp_triton import dispatch
-
-                with self:
-                    return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
-            Counter.seen += 1
-            return func(*args, **(kwargs or {}))
+        def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+            self.seen += 1
+            return super().operation(func, args, kwargs)
 
     counts: list[int] = []
     for images in (4, 16):
         logits = torch.randn(images, 50, 4, requires_grad=True)
         targets = (torch.rand(images, 50, 4) < 0.1).long()
         errors = torch.rand(int(targets.sum()), requires_grad=True)
-        Counter.seen = 0
-        with Counter():
+        with Counter() as counter:
             out = alrp_loss(logits, targets, errors, groups=torch.arange(images), backend="torch")
             torch.autograd.grad(out.classification, logits)
-        counts.append(Counter.seen)
+        counts.append(counter.seen)
     assert counts[1] < 4.5 * counts[0]

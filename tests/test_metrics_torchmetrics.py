@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT
+from tests.conftest import run_together
 from tests.detections import assert_metric, images_of, make_metric, random_images
 
 NAN = float("nan")
@@ -158,14 +157,8 @@ dist.destroy_process_group()
 
 def test_metric_gathers_over_gloo(tmp_path: Path) -> None:
     make_metric()
-    command = [sys.executable, "-c", GLOO]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode == 0, errors
+    for done in run_together(*(["-c", GLOO, str(rank), str(tmp_path / "store")] for rank in range(2)), timeout=60):
+        assert done.returncode == 0, done.stderr
 
 
 BOXES, SCORES, LABELS = torch.tensor([[0.0, 0, 9, 9]] * 2), torch.tensor([0.5, 0.6]), torch.tensor([0, 1])

@@ -1,8 +1,6 @@
 """The wheel holds the package and nothing else, is the same each time, and fetches, evaluates and unpickles nothing."""
 
 import ast
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from pathlib import Path
 import hatchling.build
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_together
 
 SOURCES = sorted((ROOT / "alrp_triton").rglob("*.py"))
 
@@ -79,5 +77,5 @@ print(seen[before:])
 
 def test_nothing_is_fetched_or_started_when_it_runs() -> None:
     """Python's audit events of an import and a step of each loss."""
-    done = subprocess.run([sys.executable, "-c", OFFLINE], cwd=ROOT, capture_output=True, text=True, check=False)
+    (done,) = run_together(["-c", OFFLINE])
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
