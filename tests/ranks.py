@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -148,6 +148,38 @@ def train(rank: int, world: int) -> None:
     for name, value in alone.state_dict().items():
         assert (value - start[name]).abs().max() > 0.05, f"{name} was not trained"
         assert (shared.state_dict()[name] - value).abs().max() < 1e-5, name
+
+
+def heads(rank: int, world: int) -> None:
+    """A detector's head: the mean of the box loss goes over the positives of all, and so does its balance."""
+    from alrp_triton.integrations.head_loss import Boxes, HeadLoss, Loss
+
+    shards = draw(0, [30, 50, 20, 10][:world], ["", "no positives", "", ""][:world])
+    generator = torch.Generator().manual_seed(0)
+    corners = [torch.rand(len(shard[2]), 2, 2, 2, generator=generator) for shard in shards]
+    boxes = [torch.cat([corner[:, 0], corner[:, 0] + corner[:, 1] + 0.1], -1) for corner in corners]  # (P, 2, 4)
+    for loss in get_args(Loss):
+        for reduction in get_args(distributed.GradientReduction):
+            scale = world if reduction == "mean" else 1
+            alone = HeadLoss(loss, period=2)
+            together = HeadLoss(loss, period=2, process_group="world", gradient_reduction=reduction)
+            for _ in range(3):
+                found: list[list[Tensor]] = []
+                for head, shares in ((alone, range(world)), (together, [rank])):
+                    logits, targets = (torch.cat([shards[share][part] for share in shares]) for part in (0, 1))
+                    pairs = torch.cat([boxes[share] for share in shares])
+                    inputs = logits.requires_grad_(), pairs[:, 0].clone().requires_grad_()
+                    of = Boxes(inputs[1], pairs[:, 1], inputs[1] * 2, pairs[:, 1] * 2)
+                    out = head(inputs[0], targets, of)
+                    found.append(
+                        [*out, head.box_weight, *torch.autograd.grad(2 * out.classification + 3 * out.box, inputs)]
+                    )
+                first = sum(len(shard[0]) for shard in shards[:rank]), sum(map(len, boxes[:rank]))
+                for which, (mine, joint) in enumerate(zip(found[1], found[0], strict=True)):
+                    if which > 2:
+                        begin = first[which - 3]
+                        joint = scale * joint[begin : begin + len(mine)]
+                    assert_near(mine, joint, 2e-6)
 
 
 def traffic(rank: int, world: int) -> None:

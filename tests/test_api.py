@@ -54,19 +54,23 @@ def test_import_needs_no_triton() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = "{'alrp_triton.backends.triton_tiled', 'alrp_triton.metrics', 'numba', 'triton', 'torchmetrics'}"
+    heavy = "{'alrp_triton.backends.triton_tiled', 'alrp_triton.integrations', 'alrp_triton.metrics', 'numba', 'torchvision', 'triton', 'torchmetrics'}"
     done = run_python(f"import sys, alrp_triton; print({heavy} & set(sys.modules))")
     assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_layers_import_one_way() -> None:
     """backends <- dispatch <- operators <- comparison <- autograd <- functional <- modules; nothing reaches up. Backends, too, have an order."""
-    order = ["formulas", "checks", "cost", "backends", "dispatch", "distributed", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "compat", "__init__"]  # fmt: skip
+    order = ["formulas", "checks", "cost", "backends", "dispatch", "distributed", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "threads", "knots", "losses", "torch_targets", "torch_graded", "torch_binned", "numba_dense", "numba_graded",
         "numba_targets", "numba_binned", "triton_tiled", "triton_graded", "triton_binned", "triton_targets", "triton_losses",
     ]  # fmt: skip
-    inside = {"backends": within, "metrics": ["lrp", "coco", "images", "detection", "__init__"]}
+    inside = {
+        "backends": within,
+        "metrics": ["lrp", "coco", "images", "detection", "__init__"],
+        "integrations": ["__init__", "head_loss", "atss", "torchvision", "detectron2", "mmdet", "transformers"],
+    }
     for path in (ROOT / "alrp_triton").rglob("*.py"):
         layers = inside.get(path.parent.name, order)
         for node in ast.walk(ast.parse(path.read_text())):

@@ -3,6 +3,7 @@
 # pyright: reportPrivateUsage=false
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         "traffic",
         "calls_another_loss",
         "gives_up",
+        *(["heads"] if find_spec("torchvision") else []),
         *(["compiled"] if request.param == 2 else []),
         "skips_a_call",
     ]
@@ -70,6 +72,11 @@ def test_all_see_that_they_did_not_call_the_same(processes: Processes) -> None:
 
 def test_all_hear_of_bad_input_on_one(processes: Processes) -> None:
     assert_done(processes, "gives_up")
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="the integrations need torchvision")
+def test_the_head_of_a_detector(processes: Processes) -> None:
+    assert_done(processes, "heads")
 
 
 def test_calls_are_counted(processes: Processes) -> None:

@@ -1,0 +1,1 @@
+"""Ranking losses in the detectors of other libraries, a module for each, which needs that library."""

@@ -1,0 +1,245 @@
+"""What trains one head of a detector: a ranking loss, and the box loss of its paper. Knows boxes, no framework."""
+
+import math
+from collections.abc import ItemsView, ValuesView
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+
+from ..balance import SelfBalance, balance_by_value
+from ..boxes import TAU, giou_localisation_error
+from ..checks import check_integer, check_number, check_tensor
+from ..dispatch import Backend
+from ..distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size
+from ..functional import DELTA, DELTA_RS
+from ..modules import ALRPLoss, APLoss, RankSortLoss
+
+try:
+    from torchvision.ops import generalized_box_iou_loss
+except ImportError as missing:
+    raise ImportError("the integrations need torchvision, in the version that fits your torch") from missing
+
+Loss = Literal["alrp", "ap", "rank_sort"]
+BoxLoss = Literal["giou", "smooth_l1"]
+
+_DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
+_BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
+_SMOOTH_L1_BETA = 1.0  # published, on deltas in units of their standard deviation
+
+
+class HeadLosses(NamedTuple):
+    """What :class:`HeadLoss` returns; the loss to minimise is the sum."""
+
+    classification: Tensor
+    """0-d; of Rank & Sort Loss, ``ranking + sorting``."""
+    box: Tensor
+    """0-d; weighted."""
+
+
+class Boxes(NamedTuple):
+    """The boxes of a head's positives, in the order of their flat index in the logits; ``(P, 4)`` each.
+
+    ``predicted`` and ``target``: corners x1, y1, x2, y2, in pixels or in any other unit that both share, for overlaps
+    do not depend on it. ``deltas`` and ``target_deltas``: the same in the encoding of the head, in units of their
+    standard deviation; needed for the box loss ``"smooth_l1"`` alone.
+    """
+
+    predicted: Tensor
+    target: Tensor
+    deltas: Tensor | None = None
+    target_deltas: Tensor | None = None
+
+
+class HeadLoss(nn.Module):
+    """A ranking loss for the scores of a head, with the box loss and the balance of its paper.
+
+    ============ ======================================= =================================================
+    loss         box loss                                its weight, with ``box_weight=None``
+    ============ ======================================= =================================================
+    alrp         GIoU, ranked: aLRP's localisation part  :class:`alrp_triton.SelfBalance`, by ``period``
+    ap           smooth L1, mean over the positives      1
+    rank_sort    GIoU, mean weighted by the scores       :func:`alrp_triton.balance_by_value`, by step
+    ============ ======================================= =================================================
+
+    The state of the self-balancing is in the ``state_dict``: save it with the checkpoint. It goes to the device of the
+    logits by itself. Where gradients are disabled, as in a validation loss, it records nothing.
+
+    Args:
+        loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
+        period: of ``SelfBalance``, an epoch in your steps. Needed for ``"alrp"`` unless ``box_weight`` is given, else
+            not looked at.
+        tau: of the localisation error of ``"alrp"``: 0.5 for detection heads, 0.7 for an RPN.
+        box_loss: ``"giou"`` or ``"smooth_l1"``; None: that of the paper. aLRP Loss needs one that is an overlap.
+        box_weight: a constant weight of the box loss instead of the balance of the paper.
+        delta: half-width of the step; None: that of the paper, 1 (0.5 for ``"rank_sort"``).
+        process_group: rank the logits of all its processes together, and take the mean of the box loss over the
+            positives of all; see :func:`alrp_triton.alrp_loss`.
+        gradient_reduction: see :func:`alrp_triton.alrp_loss`.
+        backend: see :func:`alrp_triton.alrp_loss`.
+
+    Attributes:
+        box_weight: 0-d tensor, the weight of the box loss in the last step (NaN before the first); for logs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range; ``"alrp"`` without ``period`` and
+            ``box_weight``, or with ``"smooth_l1"``.
+        ImportError: torchvision is missing (when this module is imported).
+
+    Reference: the papers of the three losses, see their functions, and the published implementations.
+    """
+
+    box_weight: Tensor
+
+    def __init__(
+        self,
+        loss: Loss = "alrp",
+        *,
+        period: int | None = None,
+        tau: float = TAU,
+        box_loss: BoxLoss | None = None,
+        box_weight: float | None = None,
+        delta: float | None = None,
+        process_group: ProcessGroup | None = None,
+        gradient_reduction: GradientReduction = "mean",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss must be 'alrp', 'ap' or 'rank_sort', got {loss!r}")
+        if box_loss is not None and box_loss not in get_args(BoxLoss):
+            raise ValueError(f"box_loss must be 'giou', 'smooth_l1' or None, got {box_loss!r}")
+        if loss == "alrp" and box_loss == "smooth_l1":
+            raise ValueError("box_loss must be 'giou' for loss 'alrp', which ranks overlaps; got 'smooth_l1'")
+        if period is not None:
+            period = check_integer("period", period, 1, 2**31)
+        elif loss == "alrp" and box_weight is None:
+            raise ValueError("period must be given for loss 'alrp': an epoch in your steps, len(loader); got None")
+        if box_weight is not None:
+            box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
+        check_gradient_reduction(gradient_reduction)
+        self.loss: Loss = loss
+        self.tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
+        self.box_loss: BoxLoss = box_loss or _BOX_LOSSES[loss]
+        self.constant_weight = 1.0 if box_weight is None and loss == "ap" else box_weight
+        criterion = {"alrp": ALRPLoss, "ap": APLoss, "rank_sort": RankSortLoss}[loss]
+        self.criterion = criterion(
+            delta=_DELTAS[loss] if delta is None else delta,
+            process_group=process_group,
+            gradient_reduction=gradient_reduction,
+            backend=backend,
+        )
+        self.balance: SelfBalance | None = None
+        if loss == "alrp" and self.constant_weight is None:
+            assert period is not None
+            self.balance = SelfBalance(period)
+        self.box_weight = torch.tensor(math.nan)
+
+    def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:
+        """The losses of all anchors of a batch: all images, all levels, for they are one ranking.
+
+        Args:
+            logits: ``(N, C)``, or another shape; pre-sigmoid, no column for the background.
+            targets: as for :func:`alrp_triton.alrp_loss`: ``(N,)`` class indices, C for background, -1 for ignored;
+                or dense, the shape of the logits.
+            boxes: of the positives. Computed in float32 at least, whatever their dtype.
+
+        Raises:
+            TypeError, ValueError: as the losses do; boxes that are not ``(P, 4)``, or lack deltas that are needed.
+        """
+        self._check(boxes)
+        boxes = Boxes(*(None if each is None else each.float() for each in boxes))  # pyright: ignore[reportArgumentType]
+        # One value for each positive: what the ranking needs, and the box loss that stands beside it.
+        errors = self._box_errors(boxes)
+        if isinstance(self.criterion, ALRPLoss):
+            ranked = self.criterion(logits, targets, giou_localisation_error(errors, self.tau))
+            return self._weighted(ranked.classification, ranked.localisation)
+        if isinstance(self.criterion, APLoss):
+            classification = self.criterion(logits, targets, num_positives=errors.numel())
+            return self._weighted(classification, self._mean(errors, torch.ones_like(errors)))
+        ious = _paired_iou(boxes.predicted.detach(), boxes.target)
+        ranked = self.criterion(logits, targets, ious)
+        scores = _positive_scores(logits.detach(), targets, errors.numel())
+        return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
+
+    def _box_errors(self, boxes: Boxes) -> Tensor:
+        if self.box_loss == "giou":
+            return generalized_box_iou_loss(boxes.predicted, boxes.target.detach())
+        if boxes.deltas is None or boxes.target_deltas is None:
+            raise ValueError("box_loss 'smooth_l1' needs deltas and target_deltas of the positives, got None")
+        target = boxes.target_deltas.detach()
+        return smooth_l1_loss(boxes.deltas, target, beta=_SMOOTH_L1_BETA, reduction="none").sum(-1)
+
+    def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The weighted mean over the positives of all processes; the gradient is that of this process' own part."""
+        total = (values * weights).sum()
+        sums = torch.stack([total.detach(), weights.sum()])
+        name, size = name_and_size(self.criterion.process_group)
+        if name:
+            group = None if self.criterion.process_group == "world" else self.criterion.process_group
+            dist.all_reduce(sums, group=group)
+        divisor = torch.where(sums[1] > 0, sums[1], 1.0)
+        # DDP will take the mean of the processes' gradients, where their sum is that of the joint loss.
+        share = total / divisor * (size if self.criterion.gradient_reduction == "mean" else 1)
+        return sums[0] / divisor + (share - share.detach())
+
+    def _weighted(self, classification: Tensor, box: Tensor) -> HeadLosses:
+        if self.balance is not None:
+            if self.balance.weight.device != classification.device:
+                self.balance.to(classification.device)
+            self.balance.train(torch.is_grad_enabled())
+            weighted = self.balance(classification, box)
+        elif self.constant_weight is not None:
+            weighted = box * self.constant_weight
+        else:
+            weighted = balance_by_value(classification, box)
+        self.box_weight = (weighted / torch.where(box == 0, 1.0, box)).detach()
+        return HeadLosses(classification, weighted)
+
+    def _check(self, boxes: Boxes) -> None:
+        shape = None
+        for name, value in zip(Boxes._fields, boxes, strict=True):
+            if value is None:
+                continue
+            check_tensor(name, value, "floating")
+            shape = value.shape if shape is None else shape
+            if value.ndim != 2 or value.shape[1] != 4 or value.shape != shape:
+                raise ValueError(f"{name} must have shape (P, 4) for P positives, got {tuple(value.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"loss={self.loss!r}, box_loss={self.box_loss!r}, tau={self.tau}, box_weight={self.constant_weight}"
+
+
+class DetectorLoss(nn.ModuleDict):
+    """The losses of a detector, :class:`HeadLoss` by the name of the head; their state belongs in a checkpoint."""
+
+    def __getitem__(self, key: str) -> HeadLoss:
+        return cast("HeadLoss", super().__getitem__(key))
+
+    def items(self) -> ItemsView[str, HeadLoss]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cast("ItemsView[str, HeadLoss]", super().items())
+
+    def values(self) -> ValuesView[HeadLoss]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cast("ValuesView[HeadLoss]", super().values())
+
+
+def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each box with the one in the same place of the other list, ``(P,)``; of two empty boxes 0."""
+    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    areas = [(each[:, 2:] - each[:, :2]).clamp(min=0).prod(-1) for each in (boxes, others)]
+    union = areas[0] + areas[1] - intersection
+    return (intersection / torch.where(union > 0, union, 1.0)).clamp(0, 1)
+
+
+def _positive_scores(logits: Tensor, targets: Tensor, count: int) -> Tensor:
+    """The greatest class score of each positive's anchor, ``(P,)``: the weight of its box in Rank & Sort Loss."""
+    if targets.shape == logits.shape:  # dense: a positive is one entry
+        entries = torch.nonzero_static((targets == 1).flatten(), size=count)[:, 0]
+        return logits.flatten()[entries].float().sigmoid()
+    classes = logits.shape[-1]
+    positive = ((targets >= 0) & (targets < classes)).flatten()
+    anchors = torch.nonzero_static(positive, size=count)[:, 0]
+    return logits.reshape(-1, classes)[anchors].float().amax(-1).sigmoid()

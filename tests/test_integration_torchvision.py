@@ -1,0 +1,516 @@
+"""Ranking losses in torchvision's real detectors, against a computation by hand; put in, taken out, copied, resumed."""
+
+# pyright: reportPrivateUsage=false
+import copy
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, get_args
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchvision.ops", reason="torchvision is an extra", exc_type=ImportError)
+
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
+
+from alrp_triton.integrations.atss import atss_match
+from alrp_triton.integrations.head_loss import DetectorLoss, HeadLoss, Loss
+from alrp_triton.integrations.torchvision import remove_ranking_loss, use_ranking_loss
+from tests import boxes_by_hand
+from tests.boxes_by_hand import Head, Positive, decode, encode
+from tests.compare import assert_balanced, assert_near
+
+CLASSES, SIZE = 5, 64
+LOSSES = get_args(Loss)
+Corners = tuple[list[float], list[float], list[float], list[float]]
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+class Backbone(nn.Module):
+    """Two levels of stride 4 and 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.out_channels = nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 32, 2, 2), 32
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        fine = self.fine(images).relu()
+        return OrderedDict({"0": fine, "1": self.coarse(fine).relu()})
+
+
+def anchors(*sizes: int, ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> AnchorGenerator:
+    return AnchorGenerator(tuple((size,) for size in sizes), (ratios,) * len(sizes))
+
+
+def retinanet() -> RetinaNet:
+    return RetinaNet(Backbone(), CLASSES, min_size=SIZE, max_size=SIZE, anchor_generator=anchors(16, 32))
+
+
+def fcos() -> FCOS:
+    return FCOS(Backbone(), CLASSES, min_size=SIZE, max_size=SIZE, anchor_generator=anchors(4, 8, ratios=(1.0,)))
+
+
+RCNN: dict[str, Any] = {
+    "min_size": SIZE, "max_size": SIZE, "rpn_post_nms_top_n_train": 60, "rpn_fg_iou_thresh": 0.6,
+    "box_fg_iou_thresh": 0.3, "box_bg_iou_thresh": 0.3,
+    "box_roi_pool": MultiScaleRoIAlign(["0", "1"], 3, 2),
+}  # fmt: skip
+
+
+def box_head(classes: int) -> dict[str, Any]:
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+    return {"box_head": TwoMLPHead(32 * 9, 16), "box_predictor": FastRCNNPredictor(16, classes)}
+
+
+def faster_rcnn() -> FasterRCNN:
+    return FasterRCNN(Backbone(), rpn_anchor_generator=anchors(16, 32), **RCNN, **box_head(CLASSES + 1))
+
+
+def mask_rcnn() -> MaskRCNN:
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+    masks: dict[str, Any] = {
+        "mask_roi_pool": MultiScaleRoIAlign(["0", "1"], 4, 2),
+        "mask_head": MaskRCNNHeads(32, (8,), 1),
+        "mask_predictor": MaskRCNNPredictor(8, 8, CLASSES + 1),
+    }
+    return MaskRCNN(Backbone(), rpn_anchor_generator=anchors(16, 32), **RCNN, **box_head(CLASSES + 1), **masks)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn,
+}  # fmt: skip
+
+
+def batch(seed: int = 0) -> Batch:
+    """Three images, one of them without objects. Labels fit heads with and without a background."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, SIZE, SIZE, generator=generator) for _ in range(3)]
+    targets: list[dict[str, Tensor]] = []
+    for count in (4, 0, 3):
+        corner = torch.rand(count, 2, generator=generator) * 30
+        boxes = torch.cat([corner, corner + 8 + 24 * torch.rand(count, 2, generator=generator)], 1)
+        masks = torch.zeros(count, SIZE, SIZE, dtype=torch.uint8)
+        targets.append(
+            {"boxes": boxes, "labels": torch.randint(1, CLASSES, (count,), generator=generator), "masks": masks}
+        )
+    return images, targets
+
+
+def make(name: str, loss: Loss = "alrp", **settings: Any) -> tuple[Any, DetectorLoss]:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    settings.setdefault("period", 10)
+    return model, use_ranking_loss(model, loss, **settings)
+
+
+def spread(model: nn.Module) -> None:
+    """Weights far from their first values, so that scores and boxes differ much."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("cls_logits", "bbox_reg.", "cls_score", "bbox_pred")):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += noise * (0.3 if "weight" in name and parameter.ndim == 2 else 0.05)
+
+
+def seen_by(model: Any, part: Any, method: str, data: Batch) -> tuple[dict[str, Tensor], Any]:
+    """The losses of a step, and what that method was called with."""
+    with mock.patch.object(part, method, wraps=getattr(part, method)) as spy:
+        losses = model(*data)
+    return losses, spy.call_args.args
+
+
+def steps(part: HeadLoss) -> int:
+    assert part.balance is not None
+    return int(part.balance.steps)
+
+
+def keep_output(module: nn.Module, into: list[Any]) -> None:
+    def keep(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        into.append(outputs)
+
+    module.register_forward_hook(keep)
+
+
+def dense_head(
+    outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor], data: Batch, code: Any
+) -> Head:
+    """Of RetinaNet and FCOS, anchor by anchor; ``code`` gives predicted and true box and deltas."""
+    marks = np.zeros(tuple(outputs["cls_logits"].shape), np.int64)
+    positives: list[Positive] = []
+    for image, target in enumerate(data[1]):
+        for anchor, match in enumerate(matched[image].tolist()):
+            if match == -2:
+                marks[image, anchor] = -1
+            elif match >= 0:
+                marks[image, anchor, int(target["labels"][match])] = 1
+                deltas = outputs["bbox_regression"][image, anchor].tolist()
+                score = outputs["cls_logits"][image, anchor].max().sigmoid().item()
+                corners: Corners = code(deltas, anchors[image][anchor].tolist(), target["boxes"][match].tolist())
+                positives.append(Positive(*corners, score))
+    assert len(positives) > 10
+    return Head(outputs["cls_logits"].detach().double().numpy().ravel(), marks.ravel(), positives)
+
+
+def assert_losses(
+    found: tuple[Tensor, Tensor], expected: boxes_by_hand.Losses, part: HeadLoss, weight: float = 1
+) -> None:
+    assert_near(found[0], weight * expected.classification, 2e-6)
+    assert_near(found[1], weight * expected.box, 2e-5)
+    assert_near(part.box_weight, expected.box / expected.unweighted, 2e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_retinanet(loss: Loss) -> None:
+    """Over all images and levels at once, ignored anchors left out; losses, and the gradient of the scores."""
+    model, parts = make("retinanet", loss)
+    spread(model)
+    data = batch()
+    losses, (_, outputs, of_images, matched) = seen_by(model, model.head, "compute_loss", data)
+    assert any((match == -2).any() for match in matched)
+
+    def code(deltas: list[float], anchor: list[float], true: list[float]) -> Corners:
+        std = (10, 10, 5, 5)
+        own = [delta * weight for delta, weight in zip(deltas, std, strict=True)]
+        return decode(deltas, anchor, (1, 1, 1, 1)), true, own, encode(true, anchor, std)
+
+    expected = boxes_by_hand.losses(loss, dense_head(outputs, of_images, matched, data, code), 0.5)
+    assert set(losses) == {"classification", "bbox_regression"}
+    assert_losses((losses["classification"], losses["bbox_regression"]), expected, parts["head"])
+    (gradient,) = torch.autograd.grad(losses["classification"], outputs["cls_logits"], retain_graph=True)
+    assert_near(gradient.flatten(), expected.gradient, 2e-5)
+    assert_balanced(gradient, 1e-5)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fcos(loss: Loss) -> None:
+    """The same with points and distances to sides; no centre-ness in training nor in scores."""
+    model, parts = make("fcos", loss)
+    spread(model)
+    model.head.regression_head.bbox_reg.bias.data += 1.0
+    data = batch()
+    losses, (_, outputs, of_images, matched) = seen_by(model, model.head, "compute_loss", data)
+
+    def code(deltas: list[float], anchor: list[float], true: list[float]) -> Corners:
+        x, y, side = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2, anchor[2] - anchor[0]
+        box = [x - deltas[0] * side, y - deltas[1] * side, x + deltas[2] * side, y + deltas[3] * side]
+        distances = [(x - true[0]) / side, (y - true[1]) / side, (true[2] - x) / side, (true[3] - y) / side]
+        return box, true, deltas, distances
+
+    expected = boxes_by_hand.losses(loss, dense_head(outputs, of_images, matched, data, code), 0.5)
+    assert set(losses) == {"classification", "bbox_regression"}
+    assert_losses((losses["classification"], losses["bbox_regression"]), expected, parts["head"])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["head.regression_head.bbox_ctrness.weight", "head.regression_head.bbox_ctrness.bias"]
+
+    model.eval()
+    model.score_thresh, model.nms_thresh, model.detections_per_img, model.topk_candidates = 0.0, 1.1, 10**6, 10**6
+    (found, *_) = model(data[0])
+    scores = model.head(list(model.backbone(model.transform(data[0])[0].tensors).values()))["cls_logits"][0].sigmoid()
+    assert_near(found["scores"], scores.sqrt().flatten().sort(descending=True).values, 1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_region_proposals(loss: Loss) -> None:
+    """The RPN: tau 0.7, all anchors but the ignored, with the real anchors where the integration needs none."""
+    model, parts = make("faster_rcnn", loss)
+    spread(model)
+    data = batch()
+    found: list[list[Tensor]] = []
+    keep_output(model.rpn.anchor_generator, found)
+    with mock.patch.object(model.rpn, "assign_targets_to_anchors", wraps=model.rpn.assign_targets_to_anchors) as spy:
+        losses, (objectness, deltas, labels, _) = seen_by(model, model.rpn, "compute_loss", data)
+    of_images, targets = spy.call_args.args
+    _, true = model.rpn.assign_targets_to_anchors(of_images, targets)
+    marks, boxes, where = torch.cat(labels).long().numpy(), torch.cat(true), torch.cat(found[0])
+    assert {-1, 0, 1} == set(marks.tolist())
+    std = (10, 10, 5, 5)
+    positives: list[Positive] = []
+    for index in np.flatnonzero(marks == 1):
+        anchor, box, delta = where[index].tolist(), boxes[index].tolist(), deltas[index].tolist()
+        own = [value * weight for value, weight in zip(delta, std, strict=True)]
+        boxes_of = decode(delta, anchor, (1, 1, 1, 1)), box, own, encode(box, anchor, std)
+        positives.append(Positive(*boxes_of, objectness[index].sigmoid().item()))
+    head = Head(objectness.detach().double().numpy().ravel(), marks, positives)
+    expected = boxes_by_hand.losses(loss, head, 0.7)
+    assert_losses((losses["loss_objectness"], losses["loss_rpn_box_reg"]), expected, parts["rpn"], 0.2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_box_head(loss: Loss) -> None:
+    """The box head: tau 0.5, all proposals, no ground truth among them, classes without a background."""
+    model, parts = make("faster_rcnn", loss)
+    spread(model)
+    data = batch()
+    predicted: list[tuple[Tensor, Tensor]] = []
+    keep_output(model.roi_heads.box_predictor, predicted)
+    with mock.patch.object(model.roi_heads, "add_gt_proposals", wraps=model.roi_heads.add_gt_proposals) as spy:
+        losses = model(*data)
+    proposals, truths = spy.call_args.args
+    logits, deltas = predicted[0]
+    assert len(logits) == sum(map(len, proposals))
+    matches, labels = model.roi_heads.assign_targets_to_proposals(proposals, truths, [t["labels"] for t in data[1]])
+    marks = np.zeros((len(logits), CLASSES), np.int64)
+    positives: list[Positive] = []
+    row = 0
+    weights = (10, 10, 5, 5)
+    for image, of_image in enumerate(proposals):
+        for proposal, match, label in zip(
+            of_image.tolist(), matches[image].tolist(), labels[image].tolist(), strict=True
+        ):
+            if label > 0:
+                marks[row, label - 1] = 1
+                own, true = deltas[row, 4 * label : 4 * label + 4].tolist(), truths[image][match].tolist()
+                boxes = decode(own, proposal, weights), true, own, encode(true, proposal, weights)
+                positives.append(Positive(*boxes, logits[row, 1:].max().sigmoid().item()))
+            row += 1
+    assert len(positives) > 3
+    head = Head(logits[:, 1:].detach().double().numpy().ravel(), marks.ravel(), positives)
+    expected = boxes_by_hand.losses(loss, head, 0.5)
+    assert_losses((losses["loss_classifier"], losses["loss_box_reg"]), expected, parts["roi_heads"])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_box_head_detects_by_sigmoid() -> None:
+    """Scores are sigmoids of the classes, the column of the background does not matter; the rest is torchvision's."""
+    model, _ = make("faster_rcnn")
+    heads, generator = model.roi_heads, torch.Generator().manual_seed(0)
+    heads.score_thresh, heads.detections_per_img = 0.3, 1000
+    logits = torch.randn(40, CLASSES + 1, generator=generator) * 4
+    corner = torch.rand(40, 2, generator=generator) * 30
+    proposals = [torch.cat([corner, corner + 20], 1)]
+    deltas = torch.randn(40, 4 * (CLASSES + 1), generator=generator)
+    found = heads.postprocess_detections(logits, deltas, proposals, [(SIZE, SIZE)])
+    logits[:, 0] += 100
+    again = heads.postprocess_detections(logits, deltas, proposals, [(SIZE, SIZE)])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, again, strict=True))
+    assert heads.score_thresh == 0.3
+
+    boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, proposals), (SIZE, SIZE))[:, 1:]
+    scores, labels = logits[:, 1:].sigmoid(), torch.arange(1, CLASSES + 1).expand(40, -1)
+    kept = scores > 0.3
+    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+    order = batched_nms(boxes, scores, labels, heads.nms_thresh)
+    assert 20 < len(order) < kept.sum()
+    assert_near(found[1][0], scores[order], 1e-5)
+    assert torch.equal(found[0][0], boxes[order])
+    assert torch.equal(found[2][0], labels[order])
+
+
+def test_atss_assignment() -> None:
+    """RetinaNet with ATSS: matches are those of the algorithm, image by image; nothing is ignored."""
+    model, parts = make("retinanet", assignment="atss")
+    data = batch()
+    matched: list[Tensor] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        matched.append(atss_match(*arguments))
+        return matched[-1]
+
+    with mock.patch("alrp_triton.integrations.torchvision.atss_match", spy):
+        losses, (_, outputs, of_images, _) = seen_by(model, model.head, "compute_loss", data)
+    for target, of_image, match in zip(data[1], of_images, matched, strict=True):
+        levels = [16 * 16 * 3, 8 * 8 * 3]
+        assert torch.equal(match, brute_force_atss(target["boxes"], of_image, levels, 27))
+
+    def code(deltas: list[float], anchor: list[float], true: list[float]) -> Corners:
+        return decode(deltas, anchor, (1, 1, 1, 1)), true, deltas, deltas
+
+    expected = boxes_by_hand.losses("alrp", dense_head(outputs, of_images, matched, data, code), 0.5)
+    assert_losses((losses["classification"], losses["bbox_regression"]), expected, parts["head"])
+
+
+def brute_force_atss(boxes: Tensor, anchors: Tensor, levels: list[int], candidates: int) -> Tensor:
+    owner = torch.full((len(anchors),), -1)
+    best = [0.0] * len(anchors)
+    for index, box in enumerate(boxes.tolist()):
+        chosen: list[int] = []
+        first = 0
+        for count in levels:
+            numbers = range(first, first + count)
+
+            def distance(number: int, box: list[float] = box) -> float:
+                a = anchors[number].tolist()
+                return math.dist(((a[0] + a[2]) / 2, (a[1] + a[3]) / 2), ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+
+            chosen += sorted(numbers, key=distance)[:candidates]
+            first += count
+        overlaps = [boxes_by_hand.iou_and_giou(anchors[number].tolist(), box)[0] for number in chosen]
+        threshold = np.mean(overlaps) + np.std(overlaps, ddof=1)
+        for number, overlap in zip(chosen, overlaps, strict=True):
+            a = anchors[number].tolist()
+            x, y = (a[0] + a[2]) / 2, (a[1] + a[3]) / 2
+            inside = box[0] < x < box[2] and box[1] < y < box[3]
+            if overlap >= threshold and inside and overlap > best[number]:
+                owner[number], best[number] = index, overlap
+    return owner
+
+
+def test_atss_of_nothing_and_errors() -> None:
+    boxes, some = torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([[0.0, 0.0, 4.0, 4.0], [50.0, 50.0, 60.0, 60.0]])
+    assert atss_match(boxes[:0], some, [2]).tolist() == [-1, -1]
+    assert atss_match(boxes, some[:0], []).tolist() == []
+    assert atss_match(boxes, some[:1], [1]).tolist() == [0]  # one candidate has no spread
+    with pytest.raises(ValueError, match=r"anchors_per_level must add up to 2 anchors, got \[1\]"):
+        atss_match(boxes, some, [1])
+    with pytest.raises(ValueError, match="candidates must be at least 1"):
+        atss_match(boxes, some, [2], 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_put_in_and_taken_out(name: str) -> None:
+    """Weights fit with and without the loss; without it again, the model is torchvision's; twice is once."""
+    torch.manual_seed(0)
+    model, plain = MODELS[name](), MODELS[name]()
+    before = set(model.state_dict())
+    for loss in ("ap", "alrp"):
+        parts = use_ranking_loss(model, loss, period=3)
+    assert set(model.state_dict()) == before
+    model.load_state_dict(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    torch.stack(list(model(*batch()).values())).sum().backward()
+    assert all(steps(part) == 1 for part in parts.values())  # the second loss, once
+    remove_ranking_loss(model)
+    remove_ranking_loss(model)
+    results: list[dict[str, Tensor]] = []
+    for one in (model, plain):
+        torch.manual_seed(3)  # torchvision samples anchors
+        results.append(one(*batch()))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copied_and_pickled(name: str) -> None:
+    """A copy has a loss of its own, with the same state."""
+    model, parts = make(name)
+    plain = model(*batch())
+    torch.stack(list(plain.values())).sum().backward()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        losses = copied(*batch())
+        assert all(steps(part) == 1 for part in parts.values())
+        for key, value in plain.items():
+            assert_near(losses[key], value, 1e-5)
+
+
+def test_self_balancing_is_resumed() -> None:
+    """Without the state the weight would begin at 50 again."""
+    model, parts = make("retinanet", period=2)
+    for _ in range(3):
+        model(*batch())
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "losses": parts.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, others = make("retinanet", period=2)
+    again.load_state_dict(saved["model"])
+    others.load_state_dict(saved["losses"])
+    for _ in range(4):
+        one, other = model(*batch()), again(*batch())
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert parts["head"].box_weight != 50
+    with torch.no_grad():  # a validation loss leaves no trace
+        before = steps(parts["head"])
+        model(*batch())
+    assert steps(parts["head"]) == before
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_objects(name: str, loss: Loss) -> None:
+    """A batch without any: losses of 0 (but for masks, which there are none of), gradients of 0."""
+    model, _ = make(name, loss)
+    images, targets = batch()
+    nothing = [{key: value[:0] for key, value in target.items()} for target in targets]
+    losses = model(images, nothing)
+    assert all(value == 0 for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_a_constant_weight_and_another_box_loss() -> None:
+    data = batch()
+    model, parts = make("retinanet", "ap", box_loss="giou", box_weight=2.5)
+    giou, constant = model(*data), parts["head"].box_weight
+    model, parts = make("retinanet", "ap", box_loss="giou")
+    once = model(*data)
+    assert constant == 2.5
+    assert parts["head"].box_weight == 1
+    assert torch.equal(giou["bbox_regression"], 2.5 * once["bbox_regression"])
+    assert 0 < once["bbox_regression"] < 2
+    model, parts = make("retinanet", "alrp", box_weight=1.0, period=None, delta=0.5)
+    assert parts["head"].balance is None
+    assert parts["head"].criterion.delta == 0.5
+
+
+def test_autocast() -> None:
+    """Half-precision outputs; boxes are decoded in float32."""
+    for name in ("retinanet", "fcos", "faster_rcnn"):
+        model, _ = make(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model(*batch())
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        torch.stack(list(losses.values())).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"model": nn.Linear(2, 2)}, TypeError, "model must be a RetinaNet, FCOS or FasterRCNN of torchvision, got Linear"),
+        ({"loss": "focal"}, ValueError, "loss must be 'alrp', 'ap' or 'rank_sort', got 'focal'"),
+        ({"period": None}, ValueError, "period must be given for loss 'alrp'"),
+        ({"period": 0}, ValueError, "period must be at least 1"),
+        ({"assignment": "max"}, ValueError, "assignment must be 'iou' or 'atss', got 'max'"),
+        ({"model": fcos(), "assignment": "atss"}, ValueError, "'atss' is for RetinaNet; FCOS has one of its own"),
+        ({"box_loss": "l1"}, ValueError, "box_loss must be 'giou', 'smooth_l1' or None, got 'l1'"),
+        ({"box_loss": "smooth_l1"}, ValueError, "box_loss must be 'giou' for loss 'alrp'"),
+        ({"box_weight": -1.0}, ValueError, "box_weight must be at least 0"),
+        ({"rpn_weight": math.nan}, ValueError, "rpn_weight must be at least 0"),
+        ({"gradient_reduction": "max"}, ValueError, "gradient_reduction must be 'mean' or 'sum'"),
+        ({"delta": -1.0}, ValueError, "delta must be"),
+        ({"backend": "cuda"}, ValueError, "backend"),
+    ],
+)  # fmt: skip
+def test_errors(settings: dict[str, Any], error: type[Exception], words: str) -> None:
+    """Before anything is changed."""
+    settings = {"model": retinanet(), "loss": "alrp", "period": 5} | settings
+    model = settings["model"]
+    attributes = {id(module): set(vars(module)) for module in model.modules()}
+    with pytest.raises(error, match=words):
+        use_ranking_loss(**settings)
+    assert attributes == {id(module): set(vars(module)) for module in model.modules()}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_of_ones_own() -> None:
+    """A subclass keeps what it does; the method that is called in the end is its own."""
+
+    class Loud(RetinaNetHead):
+        def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+            return {key: value * 2 for key, value in super().forward(x).items()}
+
+    torch.manual_seed(0)
+    model = RetinaNet(
+        Backbone(), CLASSES, min_size=SIZE, max_size=SIZE, anchor_generator=anchors(16, 32), head=Loud(32, 3, CLASSES)
+    )
+    use_ranking_loss(model, period=5)
+    features = [torch.rand(1, 32, 16, 16), torch.rand(1, 32, 8, 8)]
+    twice = model.head(features)["cls_logits"]
+    assert torch.equal(twice, 2 * RetinaNetHead.forward(model.head, features)["cls_logits"])
