@@ -1,12 +1,17 @@
-"""Detection scenes composed from the handwritten digits that ship with scikit-learn."""
+"""Detection scenes composed from the handwritten digits that ship with scikit-learn, as a data set in COCO format."""
 
+import argparse
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate
+from tqdm import trange
 
 NUM_CLASSES = 10
 SCENE_SIZE = 128
@@ -117,3 +122,59 @@ def _smooth_noise(rng: np.random.Generator) -> np.ndarray:
     """Uneven lighting: a coarse random grid, enlarged to the size of a scene."""
     coarse = torch.from_numpy(rng.normal(size=(1, 1, 4, 4)))
     return interpolate(coarse, size=(SCENE_SIZE, SCENE_SIZE), mode="bicubic")[0, 0].numpy()
+
+
+def write(folder: Path, training: int, held_out: int, seed: int) -> None:
+    """Writes a data set in COCO's format and layout: PNG files and ``annotations/instances_{train,val}.json``.
+
+    Args:
+        folder: made if it is not there.
+        training: number of scenes to train on.
+        held_out: number of scenes of digits that no training scene shows.
+        seed: the same seed writes the same bytes.
+    """
+    split, *of_parts = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(NUM_CLASSES)]
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    parts = zip(("train", "val"), (training, held_out), split_digits(split), of_parts, strict=True)
+    for name, count, digits, rng in parts:
+        (folder / name).mkdir(exist_ok=True)
+        images: list[dict[str, object]] = []
+        annotations: list[dict[str, object]] = []
+        for image_id in trange(1, count + 1, desc=f"{name} scenes", unit="scene", leave=False):
+            scene = compose_scene(digits, rng)
+            file = f"{image_id:06d}.png"
+            pixels = (scene.image[0] * 255).round().to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / file)
+            images.append({"id": image_id, "file_name": file, "width": SCENE_SIZE, "height": SCENE_SIZE})
+            boxes = zip(scene.target["boxes"].tolist(), scene.target["labels"].tolist(), strict=True)
+            for (x1, y1, x2, y2), label in boxes:
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": label + 1,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                    }
+                )
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content) + "\n")
+
+
+def main() -> None:
+    """Write the scenes."""
+    parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write them")
+    parser.add_argument("--train", type=int, default=1600, help="scenes to train on (default %(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="held-out scenes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of scans and scenes (default %(default)s)")
+    options = parser.parse_args()
+    if options.train < 1 or options.val < 1 or options.seed < 0:
+        parser.error("--train and --val must be at least 1, --seed at least 0")
+    write(options.folder, options.train, options.val, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,1 @@
-"""Train a RetinaNet on scenes of handwritten digits with the aLRP Loss, on a CPU, in about three minutes."""
+"""Trains a detector of torchvision with a ranking loss on any data set in COCO format, and evaluates it."""

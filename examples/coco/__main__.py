@@ -1,79 +1,178 @@
-"""Trains a RetinaNet with aLRP Loss on scenes of handwritten digits. See `python -m examples.digits --help`."""
+"""Trains a detector of torchvision on a data set in COCO format, and evaluates it.
+
+::
+
+    python -m examples.coco train --data DIR --out RUN             a data set laid out like COCO; ends with its AP
+    python -m examples.coco train --data DIR --out RUN --resume    goes on where RUN stopped
+    torchrun --nproc-per-node 8 -m examples.coco train ...         one ranking over 8 GPUs
+    python -m examples.coco evaluate --data DIR --out RUN          evaluates RUN's checkpoint, writes detections.json
+"""
 
 import argparse
 import json
-import platform
+import os
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import faster_coco_eval
-import numpy as np
 import torch
-import torchvision
+import torch.distributed as dist
 
-import alrp_triton
-
-from .detector import build_detector
-from .evaluate import average_precision, detect
+from .data import CocoDetection, find_split
+from .detectors import DETECTORS
+from .evaluate import Detections, as_results, detect, evaluate
 from .figures import save_detections, save_losses
-from .scenes import compose_scene, split_digits
-from .train import BALANCE_PERIOD, train
+from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, train
 
-ITERATIONS = 400
-GOAL = 0.7
-"""AP50 on held-out scenes below which the demo counts as failed."""
+_TIMEOUT = timedelta(minutes=10)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.coco", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", type=Path, required=True, help="folder with annotations/*.json and images, as COCO's")
+    common.add_argument("--out", type=Path, required=True, help="folder of the run")
+    common.add_argument("--val", default="val", help="name of the part to evaluate on (default %(default)s)")
+    common.add_argument("--workers", type=int, default=2, help="processes that load images (default %(default)s)")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    of_train = commands.add_parser("train", parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = of_train.add_argument
+    add("--train", default="train", help="name of the part to train on")
+    add("--detector", choices=DETECTORS, default="retinanet_resnet50")
+    add("--loss", choices=LEARNING_RATES, default="alrp", help="torchvision: the detector's own")
+    add("--box-loss", choices=["giou", "smooth_l1", "l1"], help="other than the paper's; l1: with --loss torchvision")
+    add("--box-weight", type=float, help="a constant in place of the balance of the loss' paper")
+    add("--assignment", choices=["iou", "atss"], default="iou", help="of RetinaNet's anchors")
+    add("--size", type=int, default=500, help="shorter side of the images")
+    add("--batch", type=int, default=32, help="images a step, of all processes together")
+    length = of_train.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, default=100)
+    length.add_argument("--steps", type=int, help="in place of epochs")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    add("--lr", type=float, help="default for sgd: that of the loss' paper, times batch / 32; for adamw 1e-3")
+    add("--warm-up", type=int, default=500, help="steps")
+    add("--schedule", choices=["steps", "cosine"], default="steps")
+    add("--period", type=int, help="of the self-balancing in steps; an epoch by default")
+    add("--no-flip", action="store_true", help="do not flip images at random")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--every", type=int, help="steps between evaluations and checkpoints; an epoch by default")
+    add("--init", type=Path, help="a file of weights to begin with, a state_dict such as torchvision's")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--until", type=int, help="stop at this step, to be resumed")
+    add("--goal", type=float, help="exit with status 1 if AP50 ends below")
+    commands.add_parser("evaluate", parents=[common])
+    return parser
+
+
+def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
+    steps = options.steps or options.epochs * max(len(data) // options.batch, 1)
+    lr = options.lr
+    if lr is None:
+        lr = 1e-3 if options.optimizer == "adamw" else LEARNING_RATES[options.loss] * options.batch / 32
+    same = ("detector", "loss", "box_loss", "box_weight", "assignment", "size", "batch", "optimizer", "warm_up",
+            "schedule", "period", "amp", "seed")  # fmt: skip
+    return Settings(**{name: getattr(options, name) for name in same}, steps=steps, lr=lr, flip=not options.no_flip)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Evaluation:
+    """Evaluates a run; keeps the last detections, on the first process."""
+
+    def __init__(self, run: Run, data: CocoDetection, workers: int) -> None:
+        self.run, self.data, self.workers = run, data, workers
+        self.detections: list[Detections] = []
+
+    def __call__(self) -> dict[str, float]:
+        run = self.run
+        share = max(run.settings.batch // run.processes, 1)
+        self.detections = detect(run.model, self.data, run.detector.first_label, run.device, share, self.workers)
+        found = [evaluate(as_results(self.detections, self.data), self.data) if run.rank == 0 else {}]
+        if run.processes > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def write(self, out: Path) -> None:
+        (out / "detections.json").write_text(json.dumps(as_results(self.detections, self.data)) + "\n")
+        save_detections(self.data, self.detections, out / "detections.png")
+
+
+def _print(rows: dict[str, dict[str, float]], images: int) -> None:
+    columns = list(next(iter(rows.values())))
+    print(f"\n{f'{images} images':<16}" + "".join(f"{name:>10}" for name in columns))
+    for row, values in rows.items():
+        print(f"{row:<16}" + "".join(f"{values[name]:>10.3f}" for name in columns))
+
+
+def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDetection) -> int:
+    data = CocoDetection(find_split(options.data, options.train), flip=not options.no_flip, seed=options.seed)
+    if data.categories != held_out.categories:
+        raise ValueError(f"{data.split.annotations} and {held_out.split.annotations} have other categories")
+    checkpoint = options.out / CHECKPOINT
+    if checkpoint.exists() != options.resume:
+        wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
+        raise ValueError(f"checkpoint {checkpoint}: {wrong}")
+    run = Run(_settings(options, data), data, device, _load(options.init) if options.init else None)
+    evaluation = _Evaluation(run, held_out, options.workers)
+    if options.resume:
+        run.load(_load(checkpoint))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = {} if options.resume else {"before training": evaluation()}
+    every = options.every or max(len(data) // options.batch, 1)
+    rows["after training"] = train(
+        run, options.out, evaluation, every=every, workers=options.workers, until=options.until
+    )
+    if run.rank:
+        return 0
+    evaluation.write(options.out)
+    save_losses(options.out / STEPS_CSV, options.out / "losses.png")
+    result = {"settings": run.state()["settings"], "images": len(held_out), "step": run.step, **rows}
+    (options.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    _print(rows, len(held_out))
+    print(f"losses.png, detections.png, metrics.json, steps.csv and the checkpoint are in {options.out}/")
+    if options.goal is not None and rows["after training"]["AP50"] < options.goal:
+        print(f"AP50 ended at {rows['after training']['AP50']:.3f}, below {options.goal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, device: torch.device, held_out: CocoDetection) -> int:
+    state = _load(options.out / CHECKPOINT)
+    run = Run(Settings(**state["settings"]), held_out, device)
+    run.load(state)
+    evaluation = _Evaluation(run, held_out, options.workers)
+    found = evaluation()
+    if run.rank == 0:
+        evaluation.write(options.out)
+        _print({f"step {run.step}": found}, len(held_out))
+    return 0
 
 
 def main() -> int:
-    """Trains, evaluates before and after, writes the results; the exit status says whether AP50 reached its goal."""
-    parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for figures and metrics (default demo)")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"training steps (default {ITERATIONS})")
-    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes to evaluate on (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of scans, scenes and weights (default 0)")
-    options = parser.parse_args()
-    if options.iterations < 1 or options.scenes < 1 or options.seed < 0:
-        parser.error("--iterations and --scenes must be at least 1, --seed at least 0")
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    torch.manual_seed(options.seed)
-    split, training, evaluation = (np.random.default_rng(s) for s in np.random.SeedSequence(options.seed).spawn(3))
-    training_digits, held_out_digits = split_digits(split)
-    scenes = [compose_scene(held_out_digits, evaluation) for _ in range(options.scenes)]
-    model = build_detector(BALANCE_PERIOD)
-
-    before = average_precision(scenes, detect(model, scenes))
-    log = train(model, lambda: compose_scene(training_digits, training), options.iterations)
-    detections = detect(model, scenes)
-    after = average_precision(scenes, detections)
-
-    save_losses(log, options.out / "losses.png")
-    save_detections(scenes, detections, options.out / "detections.png")
-    metrics = {
-        "before": before,
-        "after": after,
-        "iterations": options.iterations,
-        "seed": options.seed,
-        "scenes": options.scenes,
-        "seconds": round(time.perf_counter() - start, 1),
-        "last_step": log[-1]._asdict(),
-        "versions": {
-            **{m.__name__: m.__version__ for m in (alrp_triton, torch, torchvision, faster_coco_eval)},
-            "python": platform.python_version(),
-        },
-    }
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-
-    print(f"\n{options.scenes} held-out scenes  " + "  ".join(f"{name:>5}" for name in after))
-    for name, values in (("before training", before), ("after training", after)):
-        print(f"{name:<{len(str(options.scenes)) + 16}}  " + "  ".join(f"{value:5.3f}" for value in values.values()))
-    print(f"{metrics['seconds']} s; losses.png, detections.png and metrics.json are in {options.out}/")
-    if after["AP50"] < GOAL:
-        print(f"AP50 ended at {after['AP50']:.3f}, below {GOAL}", file=sys.stderr)
-        return 1
-    return 0
+    """Train or evaluate; the exit status says whether the goal was reached."""
+    options = _parser().parse_args()
+    device = torch.device(options.device)
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        held_out = CocoDetection(find_split(options.data, options.val))
+        return {"train": _train, "evaluate": _evaluate}[options.command](options, device, held_out)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

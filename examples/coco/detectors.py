@@ -1,87 +1,37 @@
-"""A small RetinaNet, torchvision's own, with the aLRP Loss in its head."""
+"""The detectors: torchvision's, with random weights, and a small RetinaNet for two CPU cores."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import (
+    RetinaNet,
+    fasterrcnn_resnet50_fpn,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, generalized_box_iou_loss
-
-from alrp_triton import ALRPLoss, SelfBalance, giou_localisation_error
-
-from .scenes import NUM_CLASSES, SCENE_SIZE, Target
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
 _CHANNELS = 48
 _BACKBONE_CHANNELS = (16, 32, 48, 64)
 _PYRAMID_LEVELS = 3  # strides 4, 8, 16
 _ANCHOR_SIZES = ((16, 20), (25, 32), (40, 50))
 _ASPECT_RATIOS = (1.4,)
-_HEAD_CONVOLUTIONS = 2  # of torchvision's 4: scenes are small
+_HEAD_CONVOLUTIONS = 2  # of torchvision's 4
 
 _norm = partial(nn.GroupNorm, 8)
 
 
-class ALRPHead(RetinaNetHead):
-    """RetinaNet's head, trained with the aLRP Loss over the whole batch and all pyramid levels at once.
+class Detector(NamedTuple):
+    """A model, and the label that it has for the first category: 1 where 0 is the background."""
 
-    A ranking loss compares every positive with every negative, so the batch must not be cut into images or levels.
-
-    Args:
-        in_channels: channels of the pyramid.
-        num_anchors: anchors at each location.
-        num_classes: foreground classes; labels are 0..num_classes - 1 and background has no logit.
-        balance_period: iterations after which the weight of the localisation loss is set anew.
-    """
-
-    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, balance_period: int) -> None:
-        super().__init__(in_channels, num_anchors, num_classes, norm_layer=_norm)
-        for branch in (self.classification_head, self.regression_head):
-            branch.conv = branch.conv[:_HEAD_CONVOLUTIONS]
-        self.criterion = ALRPLoss()
-        self.balance = SelfBalance(period=balance_period)
-
-    def compute_loss(
-        self,
-        targets: list[Target],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-        matched_idxs: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """Computes the two parts of the loss; their sum is what to minimise.
-
-        Args:
-            targets: ground truth, one dict an image.
-            head_outputs: `cls_logits` (B, A, C) and `bbox_regression` (B, A, 4).
-            anchors: (A, 4) for each image.
-            matched_idxs: (A,) for each image: the ground-truth box that each anchor matches, -1 for background, -2 for
-                anchors between the two IoU thresholds.
-
-        Returns:
-            `classification` and `bbox_regression`, the latter weighted by the self-balancing weight.
-        """
-        logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
-        num_classes = logits.shape[-1]
-        matched = torch.stack(matched_idxs)  # (B, A)
-        foreground = matched >= 0
-        # Both follow the order of the anchors, as the positives do.
-        true_labels = torch.cat([t["labels"][m[m >= 0]] for t, m in zip(targets, matched_idxs, strict=True)])  # (P,)
-        true_boxes = torch.cat([t["boxes"][m[m >= 0]] for t, m in zip(targets, matched_idxs, strict=True)])  # (P, 4)
-
-        classes = torch.full_like(matched, num_classes)  # background
-        classes[matched == self.classification_head.BETWEEN_THRESHOLDS] = -1  # ignored
-        classes[foreground] = true_labels
-
-        box_coder = self.regression_head.box_coder
-        boxes = box_coder.decode_single(deltas[foreground], torch.stack(anchors)[foreground])
-        errors = giou_localisation_error(generalized_box_iou_loss(boxes, true_boxes))
-
-        out = self.criterion(logits.reshape(-1, num_classes), classes.flatten(), errors)
-        weighted = self.balance(out.classification, out.localisation)
-        return {"classification": out.classification, "bbox_regression": weighted}
+    model: nn.Module
+    first_label: int
 
 
 class SmallBackbone(nn.Module):
@@ -90,7 +40,7 @@ class SmallBackbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         conv = partial(Conv2dNormActivation, norm_layer=_norm)
-        widths = (1, *_BACKBONE_CHANNELS)
+        widths = (3, *_BACKBONE_CHANNELS)
         self.stages = nn.ModuleList(
             nn.Sequential(conv(narrow, wide, stride=2), conv(wide, wide)) for narrow, wide in pairwise(widths)
         )
@@ -98,7 +48,7 @@ class SmallBackbone(nn.Module):
         self.out_channels = _CHANNELS
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps images (B, 1, H, W) to the levels of the pyramid, finest first."""
+        """Maps images (B, 3, H, W) to the levels of the pyramid, finest first."""
         features: OrderedDict[str, Tensor] = OrderedDict()
         for index, stage in enumerate(self.stages):
             images = stage(images)
@@ -107,22 +57,47 @@ class SmallBackbone(nn.Module):
         return self.pyramid(OrderedDict(list(features.items())[finest:]))
 
 
-def build_detector(balance_period: int) -> RetinaNet:
-    """Builds the detector for scenes of digits, with random weights."""
+def _small_retinanet(categories: int, size: int) -> Detector:
+    """For small objects in small images, such as digits of 14 to 44 pixels in 128."""
     backbone = SmallBackbone()
-    anchor_generator = AnchorGenerator(_ANCHOR_SIZES, (_ASPECT_RATIOS,) * len(_ANCHOR_SIZES))
-    num_anchors = anchor_generator.num_anchors_per_location()[0]
-    return RetinaNet(
+    anchors = AnchorGenerator(_ANCHOR_SIZES, (_ASPECT_RATIOS,) * len(_ANCHOR_SIZES))
+    head = RetinaNetHead(_CHANNELS, anchors.num_anchors_per_location()[0], categories, norm_layer=_norm)
+    for branch in (head.classification_head, head.regression_head):
+        branch.conv = branch.conv[:_HEAD_CONVOLUTIONS]
+    model = RetinaNet(
         backbone,
-        NUM_CLASSES,
-        min_size=SCENE_SIZE,
-        max_size=SCENE_SIZE,
-        image_mean=[0.5],
-        image_std=[0.25],
-        anchor_generator=anchor_generator,
-        head=ALRPHead(backbone.out_channels, num_anchors, NUM_CLASSES, balance_period),
+        categories,
+        min_size=size,
+        max_size=4 * size,
+        anchor_generator=anchors,
+        head=head,
         # A ranking loss orders scores and leaves their level free, so no fixed threshold may cut them.
         score_thresh=0.0,
         topk_candidates=200,
-        detections_per_img=50,
+        detections_per_img=100,
     )
+    return Detector(model, first_label=0)
+
+
+def _resnet50(builder: Callable[..., nn.Module], first_label: int, categories: int, size: int) -> Detector:
+    # weights_backbone=None: nothing is downloaded; --init takes a file.
+    # A ranking loss leaves the level of scores free. Without sampling all proposals are used, 1000 as published.
+    of_model = {"box_score_thresh": 0.001, "rpn_post_nms_top_n_train": 1000} if first_label else {"score_thresh": 0.0}
+    model = builder(
+        weights=None,
+        weights_backbone=None,
+        num_classes=categories + first_label,
+        min_size=size,
+        max_size=round(size * 5 / 3),
+        **of_model,
+    )
+    return Detector(model, first_label)
+
+
+DETECTORS: dict[str, Callable[[int, int], Detector]] = {
+    "retinanet_small": _small_retinanet,
+    "retinanet_resnet50": partial(_resnet50, retinanet_resnet50_fpn_v2, 0),
+    "fcos_resnet50": partial(_resnet50, fcos_resnet50_fpn, 0),
+    "fasterrcnn_resnet50": partial(_resnet50, fasterrcnn_resnet50_fpn, 1),
+}
+"""By name: makes one, for a number of categories and a size of the shorter side of images."""

@@ -1,14 +1,14 @@
-"""The demo's pictures."""
+"""Pictures of a run: its losses, and what it finds."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 
+from .data import CocoDetection
 from .evaluate import Detections
-from .scenes import Scene
-from .train import Step
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -16,48 +16,58 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 _SMOOTHING = 20  # steps
-_SHOWN = 12  # scenes
+_SHOWN = 12  # images
+_MOST = 10  # detections of an image without ground truth
 
 
-def save_losses(log: Sequence[Step], file: Path) -> None:
-    """Draws both losses, smoothed, and the self-balancing weight over the steps."""
+def save_losses(steps: Path, file: Path) -> None:
+    """Draws the losses of a log, smoothed, and the weights of the box losses.
+
+    Args:
+        steps: ``steps.csv`` of a run.
+        file: where to write a PNG.
+    """
+    with steps.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    kernel = np.ones(min(_SMOOTHING, len(rows))) / min(_SMOOTHING, len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    kernel = np.ones(min(_SMOOTHING, len(log))) / min(_SMOOTHING, len(log))
-    classification, localisation, weight = (np.array(values) for values in zip(*log, strict=True))
-    curves = {
-        "classification": classification,
-        "localisation, raw": localisation,
-        "localisation, weighted": localisation * weight,
-    }
-    for name, values in curves.items():
-        left.plot(np.convolve(values, kernel, mode="valid"), label=name)
-    left.set(title="aLRP Loss", xlabel="step", yscale="log")
+    for name, values in columns.items():
+        if name.startswith("weight_"):
+            right.plot(columns["step"], values, label=name.removeprefix("weight_"))
+        elif name not in ("step", "lr", "total", "seconds", "seconds_loading"):
+            left.plot(columns["step"][len(kernel) - 1 :], np.convolve(values, kernel, mode="valid"), label=name)
+    left.set(title="losses, as they are added up", xlabel="step", yscale="log")
     left.legend()
-    right.plot(weight)
-    right.set(title="self-balancing weight of the localisation part", xlabel="step", yscale="log")
+    right.set(title="weight of the box loss", xlabel="step", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def save_detections(scenes: Sequence[Scene], detections: Sequence[Detections], file: Path) -> None:
-    """Draws held-out scenes with their ground truth (green, dashed) and as many best detections (red, with scores).
+def save_detections(data: CocoDetection, detections: Sequence[Detections], file: Path) -> None:
+    """Draws images with their ground truth (green, dashed) and as many best detections (red, with scores).
 
-    A ranking loss fixes the order of scores, not their level, so each scene shows as many detections as it has digits.
+    A ranking loss fixes the order of scores, not their level, so each image shows as many detections as it has objects.
     """
     figure, grid = plt.subplots(3, _SHOWN // 3, figsize=(12, 9.4), layout="constrained")
-    for axes, scene, found in zip(grid.flat, scenes, detections, strict=False):
-        axes.imshow(scene.image[0], cmap="gray", vmin=0, vmax=1)
+    for axes in grid.flat:
         axes.set_axis_off()
-        count = len(scene.target["labels"])
-        for box in scene.target["boxes"].tolist():
+    for index, (axes, found) in enumerate(zip(grid.flat, detections, strict=False)):
+        sample = data[index]
+        assert sample.image_id == found["image_id"]
+        axes.imshow(sample.image.permute(1, 2, 0).numpy())
+        boxes = sample.target["boxes"].tolist()
+        for box in boxes:
             _draw(axes, box, "limegreen", "--")
+        count = len(boxes) or _MOST
         rows = zip(*(found[key][:count].tolist() for key in ("boxes", "labels", "scores")), strict=True)
         for box, label, score in rows:
             _draw(axes, box, "red", "-")
-            axes.text(box[0], box[1] - 1, f"{label} {score:.2f}", color="red", fontsize=8, weight="bold")
-    figure.suptitle("Held-out scenes: ground truth (green, dashed) and as many best detections (red, label and score)")
+            text = f"{data.categories[label]} {score:.2f}"
+            axes.text(box[0], box[1] - 1, text, color="red", fontsize=8, weight="bold")
+    figure.suptitle("Held-out images: ground truth (green, dashed) and as many best detections (red, label and score)")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

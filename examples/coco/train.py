@@ -1,65 +1,295 @@
-"""Training: the recipe, and what it logs."""
+"""Training: one step after the other, logged, checkpointed so that a resumed run ends at the same weights."""
 
+import csv
 import math
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.models.detection import RetinaNet
-from tqdm import trange
+from tqdm import tqdm
 
-from .detector import ALRPHead
-from .scenes import Scene
+from alrp_triton.integrations.head_loss import DetectorLoss
+from alrp_triton.integrations.torchvision import use_ranking_loss
 
-# The recipe. AdamW and a cosine suit a few hundred steps better than the paper's SGD over a hundred epochs.
-BATCH = 8
-LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 1e-4
-WARM_UP = 50
-BALANCE_PERIOD = 50
-"""Steps between two updates of the localisation weight; the paper takes an epoch, and scenes here never repeat."""
+from .data import Batch, CocoDetection, StepSampler, make_loader
+from .detectors import DETECTORS, Detector
 
+CHECKPOINT = "checkpoint.pt"
+STEPS_CSV = "steps.csv"
+EVALUATIONS_CSV = "evaluations.csv"
 
-class Step(NamedTuple):
-    """What one step logs: both raw losses, and the weight of the second."""
-
-    classification: float
-    localisation: float
-    weight: float
+LEARNING_RATES = {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.008, "torchvision": 0.02}
+"""Of SGD at 32 images a step: those of the papers for RetinaNet, and focal loss' usual one."""
 
 
-def train(model: RetinaNet, draw_scene: Callable[[], Scene], iterations: int) -> list[Step]:
-    """Trains the model on freshly drawn scenes, with a progress bar.
+@dataclass(frozen=True)
+class Settings:
+    """What a run is. A checkpoint can be resumed with these settings and no others.
+
+    Attributes:
+        detector: name in ``DETECTORS``.
+        loss: ``alrp``, ``ap``, ``rank_sort``, or ``torchvision`` for the detector's own.
+        box_loss: None for that of the loss' paper; for ``torchvision`` ``l1`` or ``giou``, RetinaNet only.
+        box_weight: None for the balance of the loss' paper.
+        assignment: of RetinaNet's anchors, ``iou`` or ``atss``.
+        size: shorter side of the images.
+        batch: images a step, of all processes together.
+        steps: of the whole run.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: learning rate after the warm-up.
+        warm_up: steps of linear warm-up.
+        schedule: ``cosine``, or ``steps``: a tenth from 3/4 of the run on, a hundredth from 19/20 on, as published.
+        period: steps of the self-balancing; None: an epoch.
+        flip: flips every second image at random.
+        amp: ``off``, ``bf16`` or ``fp16``.
+        seed: of weights and batches.
+    """
+
+    detector: str
+    loss: str
+    box_loss: str | None
+    box_weight: float | None
+    assignment: str
+    size: int
+    batch: int
+    steps: int
+    optimizer: str
+    lr: float
+    warm_up: int
+    schedule: str
+    period: int | None
+    flip: bool
+    amp: str
+    seed: int
+
+
+class Run:
+    """A detector in training: all of its state, which a checkpoint holds.
 
     Args:
-        model: from `build_detector`; changed in place.
-        draw_scene: makes the next scene.
-        iterations: number of steps.
+        settings: what to do.
+        data: to train on.
+        device: where.
+        init: weights to begin with, of the whole model or some of its parts; what has another shape is left out.
+    """
+
+    def __init__(
+        self, settings: Settings, data: CocoDetection, device: torch.device, init: dict[str, Tensor] | None = None
+    ) -> None:
+        self.settings, self.data, self.device = settings, data, device
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        torch.manual_seed(settings.seed)
+        self.detector: Detector = DETECTORS[settings.detector](len(data.categories), settings.size)
+        model = self.detector.model
+        if init is not None:
+            own = model.state_dict()
+            fits = {name: value for name, value in init.items() if name in own and own[name].shape == value.shape}
+            if not fits:
+                raise ValueError("none of the initial weights has a name and shape of this detector")
+            model.load_state_dict(own | fits)
+        self.model = model.to(device)
+        self.losses = self._put_in_loss()
+        self.optimizer = self._make_optimizer()
+        self.schedule = LambdaLR(self.optimizer, self._lr_factor)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        self.step = 0
+        self.wrapped = self._wrap()
+
+    def _put_in_loss(self) -> DetectorLoss:
+        settings = self.settings
+        if settings.loss != "torchvision":
+            return use_ranking_loss(
+                self.model,
+                settings.loss,  # pyright: ignore[reportArgumentType]
+                period=settings.period or max(len(self.data) // settings.batch, 1),
+                assignment=settings.assignment,  # pyright: ignore[reportArgumentType]
+                box_loss=settings.box_loss,  # pyright: ignore[reportArgumentType]
+                box_weight=settings.box_weight,
+                process_group="world" if self.processes > 1 else None,
+            )
+        if settings.box_loss is not None:
+            if not settings.detector.startswith("retinanet"):
+                raise ValueError(f"the box loss of {settings.detector} is torchvision's; got {settings.box_loss}")
+            self.model.get_submodule("head.regression_head")._loss_type = settings.box_loss  # pyright: ignore[reportArgumentType, reportPrivateUsage]
+        return DetectorLoss()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        lr = self.settings.lr
+        if self.settings.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+
+    def _lr_factor(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / (self.settings.warm_up + 1))
+        done = step / self.settings.steps
+        if self.settings.schedule == "cosine":
+            return warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        return warm * (0.1 if done >= 0.75 else 1.0) * (0.1 if done >= 0.95 else 1.0)
+
+    def _wrap(self) -> nn.Module:
+        if self.processes == 1:
+            return self.model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=ids)
+
+    def batches(self, until: int, workers: int) -> Any:
+        """This process' share of the batches from here to step ``until``."""
+        settings = self.settings
+        steps = range(self.step, until)
+        sampler = StepSampler(len(self.data), settings.batch, steps, settings.seed, self.rank, self.processes)
+        return make_loader(self.data, sampler, workers)
+
+    def take_step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward, update. Returns the losses as they are added up, and the weights of the box losses."""
+        images = [image.to(self.device) for image in batch.images]
+        targets = [
+            {
+                "boxes": target["boxes"].to(self.device),
+                "labels": target["labels"].to(self.device) + self.detector.first_label,
+            }
+            for target in batch.targets
+        ]
+        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.amp]
+        self.wrapped.train()
+        with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
+            losses: dict[str, Tensor] = self.wrapped(images, targets)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()  # no clipping of gradients
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.step += 1
+        values = {name: loss.item() for name, loss in losses.items()} | {"total": total.item()}
+        return values | {f"weight_{name}": part.box_weight.item() for name, part in self.losses.items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "losses": self.losses.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "categories": self.data.categories,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ValueError: it is of other settings or categories; nothing has changed then.
+        """
+        ours, theirs = asdict(self.settings), state["settings"]
+        other = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
+        if other:
+            said = ", ".join(f"{name} {before} (now {now})" for name, (before, now) in other.items())
+            raise ValueError(f"the checkpoint is of a run with other settings: {said}")
+        if state["categories"] != self.data.categories:
+            raise ValueError("the checkpoint is of a data set with other categories")
+        self.model.load_state_dict(state["model"])
+        self.losses.load_state_dict(state["losses"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+
+
+class Log:
+    """A CSV file with a row a step, which forgets the rows after the step that a run is resumed from."""
+
+    def __init__(self, file: Path, resumed_at: int) -> None:
+        self.file = file
+        self.rows: list[dict[str, str]] = []
+        if file.exists():
+            with file.open(newline="") as stream:
+                self.rows = [row for row in csv.DictReader(stream) if int(row["step"]) <= resumed_at]
+        self.columns = list(self.rows[0]) if self.rows else []
+        self._write(self.rows, "w")
+
+    def add(self, values: dict[str, float]) -> None:
+        row = {name: f"{value:.6g}" for name, value in values.items()}
+        first = not self.rows
+        self.columns = self.columns or list(row)
+        self.rows.append(row)
+        self._write([row], "w" if first else "a")
+
+    def _write(self, rows: list[dict[str, str]], mode: str) -> None:
+        with self.file.open(mode, newline="") as stream:
+            writer = csv.DictWriter(stream, self.columns)
+            if mode == "w" and self.columns:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def train(
+    run: Run,
+    out: Path,
+    evaluate: Callable[[], dict[str, float]],
+    *,
+    every: int,
+    workers: int,
+    until: int | None = None,
+) -> dict[str, float]:
+    """Trains to the end, with a progress bar: losses, AP and the self-balancing weight.
+
+    Args:
+        run: where it stands; changed in place.
+        out: folder for ``checkpoint.pt``, ``steps.csv`` and ``evaluations.csv``.
+        evaluate: gives AP and its like; called by all processes, its values are those of the first.
+        every: steps between two evaluations and checkpoints; there is one at the end in any case.
+        workers: processes that load images.
+        until: the step to stop at, before the end of the run.
 
     Returns:
-        The log, one entry a step.
+        The last evaluation.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite. The checkpoint is of before.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    end = run.settings.steps if until is None else min(until, run.settings.steps)
+    logs = [Log(out / name, run.step) for name in (STEPS_CSV, EVALUATIONS_CSV)] if run.rank == 0 else []
+    found: dict[str, float] = {}
+    waited_from = time.perf_counter()
+    bar = tqdm(total=run.settings.steps, initial=run.step, desc="training", unit="step", disable=run.rank != 0)
+    with bar:
+        for batch in run.batches(end, workers) if run.step < end else ():
+            loaded = time.perf_counter()
+            lr = float(run.schedule.get_last_lr()[0])
+            values = run.take_step(batch)
+            if not math.isfinite(values["total"]) and not run.scaler.is_enabled():
+                raise FloatingPointError(f"the loss of step {run.step} is {values['total']}: {values}")
+            now = time.perf_counter()
+            if logs:
+                times = {"seconds": now - loaded, "seconds_loading": loaded - waited_from}
+                logs[0].add({"step": run.step, "lr": lr} | values | times)
+            if run.step % every == 0 or run.step == end:
+                found = evaluate()
+                if logs:
+                    logs[1].add({"step": run.step} | found)
+                    save(run.state(), out / CHECKPOINT)
+            shown = values | {"AP": found.get("AP", math.nan)}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if name != "total"}, refresh=False)
+            bar.update()
+            waited_from = time.perf_counter()
+    return found or evaluate()
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / iterations)) / 2
 
-    schedule = LambdaLR(optimizer, factor)
-    assert isinstance(model.head, ALRPHead)
-    balance = model.head.balance
-    log: list[Step] = []
-    model.train()
-    with trange(iterations, desc="training", unit="step") as progress:
-        for _ in progress:
-            scenes = [draw_scene() for _ in range(BATCH)]
-            losses = model([scene.image for scene in scenes], [scene.target for scene in scenes])
-            loss = losses["classification"] + losses["bbox_regression"]  # no gradient clipping
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            weight = balance.weight.item()
-            log.append(Step(losses["classification"].item(), losses["bbox_regression"].item() / weight, weight))
-            progress.set_postfix({name: f"{value:.3f}" for name, value in log[-1]._asdict().items()})
-    return log
+def save(state: dict[str, Any], file: Path) -> None:
+    """Writes a checkpoint whole or not at all."""
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)

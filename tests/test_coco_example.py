@@ -1,0 +1,302 @@
+"""The trainer: data in COCO format, batches by step, a resumed run, several processes, evaluation, errors."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision.ops", reason="torchvision is the examples', not the package's", exc_type=ImportError)
+pytest.importorskip("sklearn", reason="scikit-learn is the examples', not the package's")
+pytest.importorskip("matplotlib", reason="matplotlib is the examples', not the package's")
+
+from PIL import Image
+from pycocotools.coco import COCO
+
+from examples import digits
+from examples.coco import __main__ as command_line
+from examples.coco.data import CocoDetection, Split, StepSampler, find_split, make_loader
+from examples.coco.evaluate import as_results, detect, evaluate
+from examples.coco.train import Run, Settings, train
+from tests.conftest import run_together
+
+CPU = torch.device("cpu")
+SMALL = Settings(
+    detector="retinanet_small", loss="alrp", box_loss=None, box_weight=None, assignment="iou", size=64, batch=4, steps=6,
+    optimizer="adamw", lr=3e-3, warm_up=2, schedule="cosine", period=2, flip=True, amp="off", seed=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    digits.write(folder, training=14, held_out=3, seed=5)
+    return folder
+
+
+def test_scenes_are_a_data_set(scenes: Path, tmp_path: Path) -> None:
+    """pycocotools reads it; the same seed writes the same bytes; boxes lie in the images."""
+    digits.write(tmp_path, training=14, held_out=3, seed=5)
+    files = sorted(path.relative_to(scenes) for path in scenes.rglob("*.*"))
+    assert len(files) == 14 + 3 + 2
+    assert all((scenes / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
+    truth = COCO(str(scenes / "annotations" / "instances_train.json"))
+    assert len(truth.getImgIds()) == 14
+    assert [category["name"] for category in truth.loadCats(truth.getCatIds())] == list("0123456789")
+    data = CocoDetection(find_split(scenes, "train"))
+    for sample in (data[index] for index in range(14)):
+        boxes = sample.target["boxes"]
+        assert sample.image.shape == (3, digits.SCENE_SIZE, digits.SCENE_SIZE)
+        assert 1 <= len(boxes) == len(sample.target["labels"]) <= 7
+        assert ((boxes >= 0) & (boxes <= digits.SCENE_SIZE)).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_digits_are_held_out() -> None:
+    training, held_out = digits.split_digits(np.random.default_rng(0))
+    assert len(training.labels) + len(held_out.labels) == 1797
+    assert len(held_out.labels) > 400
+
+
+def data_set(folder: Path, change: Callable[[dict[str, Any]], Any] = dict) -> Split:
+    """Two images and what annotations may be: outside in part, a crowd, without area, of a category with a late id."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    Image.new("L", (20, 10), 255).save(folder / "images" / "grey.png")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "images" / "red.jpg")
+    boxes = [([-2, 1, 6, 5], 7, 0), ([0, 0, 9, 9], 7, 1), ([3, 3, 0, 4], 7, 0), ([10, 2, 30, 4], 3, 0)]
+    content: dict[str, Any] = {
+        "images": [
+            {"id": 9, "file_name": "red.jpg", "width": 8, "height": 8},
+            {"id": 4, "file_name": "grey.png", "width": 20, "height": 10},
+        ],
+        "annotations": [
+            {"id": index, "image_id": 4, "bbox": box, "category_id": category, "iscrowd": crowd, "area": 1}
+            for index, (box, category, crowd) in enumerate(boxes, 1)
+        ],
+        "categories": [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}],
+    }
+    change(content)
+    (folder / "annotations" / "val.json").write_text(json.dumps(content))
+    return find_split(folder, "val")
+
+
+def test_data(tmp_path: Path) -> None:
+    data = CocoDetection(data_set(tmp_path))
+    assert data.categories == ["three", "seven"]
+    assert data.category_ids == [3, 7]
+    grey, red = data[0], data[1]
+    assert (grey.image_id, red.image_id) == (4, 9)
+    assert grey.image.shape == (3, 10, 20)
+    assert grey.target["boxes"].tolist() == [[0, 1, 4, 6], [10, 2, 20, 6]]
+    assert grey.target["labels"].tolist() == [1, 0]
+    assert red.target["boxes"].shape == (0, 4)
+    assert (red.image[0] > 0.9).all()
+    assert (red.image[1:] < 0.1).all()
+
+
+def test_flips_are_those_of_the_step(tmp_path: Path) -> None:
+    """About half of the images; the same for the same seed, epoch and image."""
+    split = data_set(tmp_path)
+    data, again, other = (CocoDetection(split, flip=True, seed=seed) for seed in (0, 0, 1))
+    boxes = [[one[epoch, 0].target["boxes"].tolist() for epoch in range(40)] for one in (data, again, other)]
+    assert boxes[0] == boxes[1] != boxes[2]
+    flipped = [one for one in boxes[0] if one == [[16, 1, 20, 6], [0, 2, 10, 6]]]
+    assert 10 < len(flipped) < 30
+    assert all(one in flipped or one == [[0, 1, 4, 6], [10, 2, 20, 6]] for one in boxes[0])
+
+
+def test_batches_are_those_of_the_step() -> None:
+    """Taken up again at any step; shared by processes; every image once an epoch."""
+    whole = list(StepSampler(11, 4, range(6), seed=3))
+    assert whole[4:] == list(StepSampler(11, 4, range(4, 6), seed=3))
+    shares = [list(StepSampler(11, 4, range(6), 3, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+    assert [epoch for batch in whole for epoch, _ in batch] == [0] * 8 + [1] * 8 + [2] * 8
+    assert all(len({index for _, index in whole[step] + whole[step + 1]}) == 8 for step in (0, 2, 4))
+    with pytest.raises(ValueError, match="a batch of 12 images is more than the 11 there are"):
+        StepSampler(11, 12, range(1), 0)
+    with pytest.raises(ValueError, match="a batch of 4 images cannot be shared by 3 processes"):
+        StepSampler(11, 4, range(1), 0, 0, 3)
+
+
+def test_workers_load_the_same(scenes: Path) -> None:
+    data = CocoDetection(find_split(scenes, "train"), flip=True)
+    one, two = (list(make_loader(data, StepSampler(14, 4, range(3), 0), workers)) for workers in (0, 1))
+    before = torch.get_rng_state()
+    assert [batch.image_ids for batch in one] == [batch.image_ids for batch in two]
+    assert all(
+        torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x.images, y.images, strict=True)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(stream)]
+
+
+@pytest.mark.parametrize("loss", ["alrp", "rank_sort", "torchvision"])
+def test_a_resumed_run_ends_at_the_same_weights(loss: str, scenes: Path, tmp_path: Path) -> None:
+    """Weights, self-balancing and log, bitwise; interrupted between two checkpoints, too."""
+    data = CocoDetection(find_split(scenes, "train"), flip=True)
+    settings = replace(SMALL, loss=loss)
+
+    def go(out: Path, until: int | None) -> Run:
+        run = Run(settings, data, CPU)
+        if (out / "checkpoint.pt").exists():
+            run.load(torch.load(out / "checkpoint.pt", weights_only=True))
+        out.mkdir(exist_ok=True)
+        train(run, out, lambda: {"AP": 0.5}, every=2, workers=0, until=until)
+        return run
+
+    whole = go(tmp_path / "whole", None)
+    torch.manual_seed(99)
+    interrupted = go(tmp_path / "parts", 4)
+    state = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    interrupted.take_step(next(iter(interrupted.batches(6, 0))))  # lost
+    resumed = go(tmp_path / "parts", None)
+    assert state["step"] == 4
+    assert resumed.step == 6
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    for key, value in whole.losses.state_dict().items():
+        assert torch.equal(value, resumed.losses.state_dict()[key]), key
+    for name in ("steps.csv", "evaluations.csv"):
+        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "parts" / name)
+    assert [row["step"] for row in rows(tmp_path / "whole" / "steps.csv")] == list("123456")
+    with pytest.raises(ValueError, match=r"other settings: lr 0.003 \(now 1.0\)"):
+        Run(replace(SMALL, loss=loss, lr=1.0), data, CPU).load(state)
+
+
+def test_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
+    """Two processes started by torchrun end at the weights of one with the same batch; evaluation is gathered."""
+    options = ["train", "--data", str(scenes), "--detector", "retinanet_small", "--size", "64", "--batch", "4"]
+    options += ["--steps", "3", "--optimizer", "adamw", "--warm-up", "0", "--workers", "0", "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs = run_together(
+        ["-m", "examples.coco", *options, "--out", str(tmp_path / "one")],
+        [*torchrun, "-m", "examples.coco", *options, "--out", str(tmp_path / "two")],
+    )
+    assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    begin = Run(Settings(**one["settings"]), CocoDetection(find_split(scenes, "train")), CPU).model.state_dict()
+    moved = max((value - begin[key]).abs().max().item() for key, value in one["model"].items())
+    off = max((value - two["model"][key]).abs().max().item() for key, value in one["model"].items())
+    assert off < 0.02 * moved
+    logs = [rows(tmp_path / name / "steps.csv") for name in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        assert float(a["classification"]) == pytest.approx(float(b["classification"]), rel=1e-3)
+        assert float(a["bbox_regression"]) == pytest.approx(float(b["bbox_regression"]), rel=1e-2)
+    found = [json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "two")]
+    assert {row["image_id"] for row in found[0]} == {row["image_id"] for row in found[1]} == {1, 2, 3}
+
+
+def test_evaluation(scenes: Path) -> None:
+    data = CocoDetection(find_split(scenes, "val"))
+    perfect = [
+        {"image_id": i, **data.targets[i], "scores": torch.ones(len(data.targets[i]["labels"]))} for i in data.image_ids
+    ]
+    found = evaluate(as_results(perfect, data), data)
+    assert found["AP"] == found["AP50"] == pytest.approx(1)
+    assert found["oLRP"] == pytest.approx(0, abs=1e-6)
+    nothing = evaluate([], data)
+    assert (nothing["AP"], nothing["oLRP"], nothing["oLRP_FN"]) == (0, 1, 1)
+    run = Run(SMALL, data, CPU)
+    run.model.train()
+    assert evaluate(as_results(detect(run.model, data, 0, CPU, 2, 0), data), data)["AP50"] < 0.1
+    assert run.model.training
+
+
+@pytest.mark.parametrize("detector", ["fcos_resnet50", "fasterrcnn_resnet50"])
+def test_every_detector_takes_a_step(detector: str, scenes: Path) -> None:
+    """Labels begin at 0, or at 1 after a background."""
+    data = CocoDetection(find_split(scenes, "train"))
+    run = Run(replace(SMALL, detector=detector, batch=1, steps=1), data, CPU)
+    (batch,) = run.batches(1, 0)
+    values = run.take_step(batch)
+    assert all(np.isfinite(value) for value in values.values())
+    assert values["total"] > 0
+    found = detect(run.model, CocoDetection(find_split(scenes, "val")), run.detector.first_label, CPU, 3, 0)
+    assert all(((one["labels"] >= 0) & (one["labels"] < 10)).all() for one in found)
+
+
+def test_mixed_precision(scenes: Path) -> None:
+    data = CocoDetection(find_split(scenes, "train"))
+    values = [
+        run.take_step(next(iter(run.batches(1, 0))))
+        for run in (Run(replace(SMALL, amp=amp), data, CPU) for amp in ("off", "bf16"))
+    ]
+    assert values[0] != values[1]
+    assert values[0]["classification"] == pytest.approx(values[1]["classification"], rel=0.01)
+    assert values[0]["bbox_regression"] == pytest.approx(values[1]["bbox_regression"], rel=0.2)
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["coco", *options])
+    return command_line.main()
+
+
+def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    common = ["--data", str(scenes), "--out", str(out), "--workers", "0", "--device", "cpu"]
+    small = ["--detector", "retinanet_small", "--size", "64", "--batch", "4", "--steps", "2", "--every", "1"]
+    assert cli(monkeypatch, "train", *common, *small, "--goal", "0.99") == 1
+    shown = capsys.readouterr()
+    assert "below 0.99" in shown.err
+    assert "before training" in shown.out
+    for name in ("losses.png", "detections.png", "metrics.json", "checkpoint.pt", "detections.json"):
+        assert (out / name).stat().st_size > 0
+    assert cli(monkeypatch, "evaluate", *common) == 0
+    assert "step 2" in capsys.readouterr().out
+    assert cli(monkeypatch, "train", *common, *small) == 2
+    assert "--resume it, or take another --out" in capsys.readouterr().err
+    # Weights to begin with, in a file: those of a run are a detector's.
+    torch.save(torch.load(out / "checkpoint.pt", weights_only=True)["model"], tmp_path / "weights.pt")
+    other = [*common[:2], "--out", str(tmp_path / "other"), *common[4:], *small]
+    assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 0
+    capsys.readouterr()
+    torch.save({"other": torch.zeros(2)}, tmp_path / "weights.pt")
+    other[3] = str(tmp_path / "third")
+    assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 2
+    assert "none of the initial weights" in capsys.readouterr().err
+
+
+def test_errors_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(monkeypatch, "train", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu") == 2
+    assert f"want one file {tmp_path}/annotations/*val*.json, found none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        (lambda content: content.pop("categories"), r"val.json is no COCO annotation file: KeyError\('categories'\)"),
+        (lambda content: content["annotations"][0].pop("bbox"), "bbox"),
+        (lambda content: content["annotations"][0].update(category_id=99), "99"),
+        (lambda content: content["annotations"][0].update(image_id=99), "99"),
+        (lambda content: content.update(images=[], annotations=[]), "lists no images"),
+    ]
+    for change, words in changes:
+        with pytest.raises(ValueError, match=words):
+            CocoDetection(data_set(tmp_path, change))
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
+    (tmp_path / "val2017").mkdir()
+    assert find_split(tmp_path, "val").images == tmp_path / "val2017"
+    with pytest.raises(ValueError, match="is no COCO annotation file: JSONDecodeError"):
+        CocoDetection(find_split(tmp_path, "val"))
+    (tmp_path / "annotations" / "instances_val2014.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"found instances_val2014\.json, instances_val2017\.json"):
+        find_split(tmp_path, "val")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(scenes: Path, tmp_path: Path) -> None:
+    run = Run(SMALL, CocoDetection(find_split(scenes, "train")), CPU)
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        train(run, tmp_path, lambda: {"AP": 0.0}, every=1, workers=0)
+    assert not (tmp_path / "checkpoint.pt").exists()
