@@ -12,6 +12,7 @@ import torch
 
 from alrp_triton.functional import EPS
 
+from . import side_by_side
 from .contenders import RULE
 from .gate import TOLERANCE, check
 from .problems import sizes
@@ -126,8 +127,9 @@ def _report() -> int:
         print(page)
     for file in sorted(RESULTS.glob("*.json")):
         report = json.loads(file.read_text())
-        if "rows" in report:
-            print(*draw(report, ROOT / "docs" / "plots", file.stem), sep="\n")
+        if "rows" in report or "comparison" in report:
+            plots = draw if "rows" in report else side_by_side.draw
+            print(*plots(report, ROOT / "docs" / "plots", file.stem), sep="\n")
     return 0
 
 

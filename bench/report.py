@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import endurance
+from . import endurance, side_by_side
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .problems import HEADLINE
 from .run import ROOT
 from .tables import number, table
 from .timing import Row, exponents
 
-PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md")
+PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md", "docs/comparison.md")
 _BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # Columns that say how many times faster a contender is than a baseline.
@@ -122,6 +122,8 @@ def render(report: dict[str, Any], name: str) -> str:
         from . import model  # needs triton
 
         return model.render(report, name)
+    if "comparison" in report:
+        return side_by_side.render(report, name)
     if "soak" in report or "large" in report:
         return endurance.render(report)
     special = {"run": _conditions, "headline": _headline, "growth": _growth, "gate": _gate}

@@ -1,0 +1,279 @@
+"""The losses side by side: one small detector, one data set, one budget, several seeds. ``python -m bench.comparison``.
+
+Learning rates are chosen for each loss from a short run on other scenes. What is left of an interrupted comparison is
+taken up again: each run leaves a file in ``--work``. The result file is what tables and plots are made from.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from torchvision.ops import box_iou
+from tqdm import tqdm
+
+from examples.coco.data import CocoDetection, find_split
+from examples.coco.evaluate import Detections, as_results, detect, evaluate
+from examples.coco.train import Run, Settings
+from examples.digits import write
+
+from .run import RESULTS, describe_run, store
+
+
+class Contender(NamedTuple):
+    """A loss as the trainer takes it."""
+
+    loss: str
+    box_loss: str | None = None
+    box_weight: float | None = None
+
+
+CONTENDERS = {
+    "aLRP": Contender("alrp"),
+    "aLRP, weight 1": Contender("alrp", None, 1.0),
+    "AP + smooth L1": Contender("ap"),
+    "AP + GIoU": Contender("ap", "giou"),
+    "focal + L1": Contender("torchvision", "l1"),
+    "focal + GIoU": Contender("torchvision", "giou"),
+    "RS": Contender("rank_sort"),
+    "RS, weight 1": Contender("rank_sort", None, 1.0),
+}
+
+STEPS, BATCH, PERIOD, WARM_UP = 400, 8, 50, 50
+EVALUATIONS = 4  # of a run, the last at its end
+LEARNING_RATES, SHORT = (1e-3, 3e-3), 200
+SCENES, HELD_OUT = 1600, 200
+CPU = torch.device("cpu")
+_LOGGED = 10  # steps
+
+
+def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
+    """What a run of the comparison is."""
+    contender = CONTENDERS[name]
+    return Settings(
+        detector="retinanet_small", assignment="iou", size=128, batch=BATCH, steps=steps, optimizer="adamw", lr=lr,
+        warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", seed=seed, **contender._asdict(),
+    )  # fmt: skip
+
+
+class _Probe:
+    """Stands before the loss of a RetinaNet's head, and sees what goes in and which gradients come out."""
+
+    def __init__(self, run: Run) -> None:
+        head: Any = run.model.head
+        self.inner: Callable[..., dict[str, Tensor]] = head.compute_loss
+        head.compute_loss = self.compute_loss
+        self.outputs: dict[str, Tensor] = {}
+        self.positive = torch.empty(0)
+
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        self.outputs = outputs
+        self.positive = torch.zeros_like(outputs["cls_logits"], dtype=torch.bool)
+        for image, (target, match) in enumerate(zip(targets, matched, strict=True)):
+            anchor = torch.where(match >= 0)[0]
+            self.positive[image, anchor, target["labels"][match[anchor]]] = True
+        for output in outputs.values():
+            output.retain_grad()
+        return self.inner(targets, outputs, anchors, matched)
+
+    def gradients(self) -> dict[str, float]:
+        """Sums of magnitudes: of the positives' and the negatives' logits, and of the boxes."""
+        logits, boxes = self.outputs["cls_logits"].grad, self.outputs["bbox_regression"].grad
+        assert logits is not None
+        assert boxes is not None
+        magnitude = logits.abs().double()
+        positives = magnitude[self.positive].sum().item()
+        return {
+            "positives": positives,
+            "negatives": magnitude.sum().item() - positives,
+            "boxes": boxes.abs().double().sum().item(),
+        }
+
+
+class _Clock(_Probe):
+    """Also takes the time of the loss, forward and backward, by itself."""
+
+    seconds = 0.0
+
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
+        begin = time.perf_counter()
+        losses = self.inner(targets, leaves, anchors, matched)
+        sum(losses.values(), torch.zeros(())).backward()
+        self.seconds = time.perf_counter() - begin
+        # The gradients go on from here to the network.
+        through = [(outputs[name] * leaf.grad).sum() for name, leaf in leaves.items() if leaf.grad is not None]
+        return {"through": torch.stack(through).sum()}
+
+
+def true_positives(data: CocoDetection, detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and IoUs of the detections that are true at an IoU of 0.5: best score first, each truth found once."""
+    scores: list[float] = []
+    ious: list[float] = []
+    for found in detections:
+        truth = data.targets[found["image_id"]]
+        overlaps = box_iou(found["boxes"], truth["boxes"])
+        overlaps[found["labels"][:, None] != truth["labels"][None]] = 0
+        for index in found["scores"].argsort(descending=True, stable=True).tolist():
+            if overlaps.shape[1] and (best := overlaps[index].max(0)).values >= 0.5:
+                overlaps[:, best.indices] = 0
+                scores.append(found["scores"][index].item())
+                ious.append(best.values.item())
+    return np.array(scores), np.array(ious)
+
+
+def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """One run: its log, its evaluations, and the correlation of score and IoU of what it finds."""
+    torch.set_num_threads(1)  # two runs at a time, on two cores
+    data, held_out = (CocoDetection(find_split(folder, part)) for part in ("train", "val"))
+    run = Run(settings_of(name, lr, seed, steps), data, CPU)
+    probe = _Probe(run)
+    log: list[dict[str, float]] = []
+    evaluations: list[dict[str, float]] = []
+    detections: list[Detections] = []
+    begin = time.perf_counter()
+    for batch in run.batches(steps, workers=0):
+        values = run.take_step(batch)
+        if not math.isfinite(values["total"]):
+            raise FloatingPointError(f"{name}, seed {seed}, step {run.step}: {values}")
+        if run.step % _LOGGED == 0:
+            log.append({"step": run.step} | values | probe.gradients())
+        if run.step % (steps // EVALUATIONS) == 0:
+            detections = detect(run.model, held_out, run.detector.first_label, CPU, 25, workers=0)
+            evaluations.append({"step": run.step} | evaluate(as_results(detections, held_out), held_out))
+    scores, ious = true_positives(held_out, detections)
+    ranks = [rankdata(values) for values in (scores, ious)]
+    correlation = float(np.corrcoef(*ranks)[0, 1]) if len(scores) > 2 else math.nan  # Spearman's
+    return {
+        "contender": name,
+        "seed": seed,
+        "settings": asdict(run.settings),
+        "log": log,
+        "evaluations": evaluations,
+        "true_positives": len(scores),
+        "score_iou_correlation": correlation,
+        "mean_iou": float(ious.mean()) if len(ious) else math.nan,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def time_all(folder: Path, turns: int) -> dict[str, Any]:
+    """Steps of all losses in turn, on both cores: milliseconds of a step, and of the loss in it."""
+    data = CocoDetection(find_split(folder, "train"))
+    runs = {name: Run(settings_of(name, 1e-3, 0, turns + 3), data, CPU) for name in CONTENDERS}
+    clocks = {name: _Clock(run) for name, run in runs.items()}
+    loaders = {name: iter(run.batches(turns + 3, workers=0)) for name, run in runs.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in tqdm(range(turns + 3), desc="time of a step", unit="turn"):
+        for name, run in runs.items():
+            batch = next(loaders[name])
+            begin = time.perf_counter()
+            run.take_step(batch)
+            if turn >= 3:
+                seconds[name].append((time.perf_counter() - begin, clocks[name].seconds))
+    logits = next(iter(clocks.values())).positive
+    times = {
+        name: {
+            "step_ms": [float(q) for q in np.percentile([1e3 * step for step, _ in pairs], (20, 50, 80))],
+            "loss_ms": [float(q) for q in np.percentile([1e3 * loss for _, loss in pairs], (20, 50, 80))],
+            "share": float(np.median([loss / step for step, loss in pairs])),
+        }
+        for name, pairs in seconds.items()
+    }
+    return {"turns": turns, "logits": logits.numel(), "positives": int(logits.sum()), "losses": times}
+
+
+def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a former call left in the file, or what is made and left there now."""
+    if not file.exists():
+        file.write_text(json.dumps(make()) + "\n")
+    return json.loads(file.read_text())
+
+
+def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Path) -> list[dict[str, Any]]:
+    """Each job in a process of its own, two at a time; those that have left a file are not run again."""
+
+    def run(job: tuple[str, float, int, int]) -> dict[str, Any]:
+        name, lr, seed, steps = job
+        file = work / f"{name.replace(' ', '_')}-{lr:g}-{seed}-{steps}.json"
+        if not file.exists():
+            command = [sys.executable, "-m", "bench.comparison", "one", "--data", str(data), "--file", str(file)]
+            command += ["--name", name, "--lr", str(lr), "--seed", str(seed), "--steps", str(steps)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(tqdm(pool.map(run, jobs), total=len(jobs), desc="runs", unit="run"))
+
+
+def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
+    """The whole comparison."""
+    run = describe_run(CPU)
+    begin = time.perf_counter()
+    final, other = work / "scenes-0", work / "scenes-1"
+    for seed, folder in enumerate((final, other)):
+        if not folder.exists():
+            write(folder, SCENES, HELD_OUT, seed)
+    times = _kept(work / "times.json", lambda: time_all(final, turns))
+    tried = [(name, lr, 100, SHORT) for name in CONTENDERS for lr in LEARNING_RATES]
+    tuning = _run_apart(tried, other, work)
+    chosen = {
+        name: max((one for one in tuning if one["contender"] == name), key=lambda one: one["evaluations"][-1]["AP"])[
+            "settings"
+        ]["lr"]
+        for name in CONTENDERS
+    }
+    jobs = [(name, chosen[name], seed, STEPS) for seed in range(seeds) for name in CONTENDERS]
+    runs = _run_apart(jobs, final, work)
+    tuned = [
+        {"contender": one["contender"], "lr": one["settings"]["lr"], "AP": one["evaluations"][-1]["AP"]}
+        for one in tuning
+    ]
+    return {
+        "run": run,
+        "command": "python -m bench.comparison",
+        "seconds": time.perf_counter() - begin,
+        "comparison": runs,
+        "tuning": tuned,
+        "times": times,
+    }
+
+
+def main() -> None:
+    """Compare, or do one run of the comparison."""
+    parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each loss (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=40, help="steps to take the time of (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("comparison"), help="folder of scenes and runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / "comparison.json", help="result file")
+    one = commands.add_parser("one")
+    for name, kind in {"data": Path, "file": Path, "name": str, "lr": float, "seed": int, "steps": int}.items():
+        one.add_argument(f"--{name}", type=kind, required=True)
+    options = parser.parse_args()
+    if options.command == "one":
+        result = train_one(options.name, options.lr, options.seed, options.steps, options.data)
+        options.file.write_text(json.dumps(result) + "\n")
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    store(compare(options.seeds, options.work, options.turns), options.out)
+
+
+if __name__ == "__main__":
+    main()

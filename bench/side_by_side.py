@@ -1,0 +1,169 @@
+"""Tables and plots of :mod:`bench.comparison`, from its result file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .tables import number, table
+
+_METRICS = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "oLRP": "oLRP",
+    "oLRP_loc": "Loc",
+    "oLRP_FP": "FP",
+    "oLRP_FN": "FN",
+}
+
+Runs = list[dict[str, Any]]
+
+
+def _by_loss(report: dict[str, Any]) -> dict[str, Runs]:
+    runs: Runs = report["comparison"]
+    return {
+        name: [run for run in runs if run["contender"] == name] for name in dict.fromkeys(r["contender"] for r in runs)
+    }
+
+
+def _mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean, and the range over the seeds."""
+    least, mean, most = (scale * float(f(values)) for f in (np.min, np.mean, np.max))
+    return f"{mean:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+def _results(report: dict[str, Any]) -> str:
+    lines = [
+        [name, f"{runs[0]['settings']['lr']:g}"]
+        + [_mean_and_spread([run["evaluations"][-1][key] for run in runs], 100) for key in _METRICS]
+        for name, runs in _by_loss(report).items()
+    ]
+    return table(["loss", "lr", *_METRICS.values()], lines)
+
+
+def ratios(run: dict[str, Any]) -> list[float]:
+    """Sum of the gradients' magnitudes of negatives over that of positives, at every logged step."""
+    return [entry["negatives"] / entry["positives"] for entry in run["log"]]
+
+
+def _gradients(report: dict[str, Any]) -> str:
+    lines: list[list[str]] = []
+    for name, runs in _by_loss(report).items():
+        of_all = [ratio for run in runs for ratio in ratios(run)]
+        boxes = [entry["boxes"] / (entry["positives"] + entry["negatives"]) for run in runs for entry in run["log"]]
+        line = [f"{quantile:.4g}" for quantile in np.percentile(of_all, (0, 50, 100))]
+        lines.append([name, *line, f"{np.median(boxes):.3g}"])
+    head = ["loss", "negatives / positives, least", "median", "greatest", "boxes / scores, median"]
+    return table(head, lines)
+
+
+def _correlation(report: dict[str, Any]) -> str:
+    lines = [
+        [
+            name,
+            _mean_and_spread([run["score_iou_correlation"] for run in runs], digits=3),
+            _mean_and_spread([run["mean_iou"] for run in runs], digits=3),
+            f"{np.mean([run['true_positives'] for run in runs]):.0f}",
+        ]
+        for name, runs in _by_loss(report).items()
+    ]
+    return table(["loss", "rank correlation of score and IoU", "mean IoU", "true positives"], lines)
+
+
+def _times(report: dict[str, Any]) -> str:
+    def milliseconds(quantiles: Sequence[float]) -> str:
+        low, middle, high = quantiles
+        return f"{number(middle)} ({number(low)} to {number(high)})"
+
+    lines = [
+        [name, milliseconds(of["step_ms"]), milliseconds(of["loss_ms"]), f"{100 * of['share']:.1f} %"]
+        for name, of in report["times"]["losses"].items()
+    ]
+    return table(["loss", "step ms (p20 to p80)", "of it the loss, forward + backward, ms", "share"], lines)
+
+
+def _tuning(report: dict[str, Any]) -> str:
+    rates = sorted({entry["lr"] for entry in report["tuning"]})
+    of = {(entry["contender"], entry["lr"]): f"{100 * entry['AP']:.1f}" for entry in report["tuning"]}
+    lines = [[name, *(of[name, rate] for rate in rates)] for name in _by_loss(report)]
+    return table(["AP after the short run, by learning rate", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def _conditions(report: dict[str, Any]) -> str:
+    run, times, runs = report["run"], report["times"], report["comparison"]
+    settings = runs[0]["settings"]
+    seeds, total = sorted({one["seed"] for one in runs}), sum(one["seconds"] for one in runs)
+    return (
+        f"`{report['command']}`: {len(runs)} runs of {settings['steps']} steps of {settings['batch']} images, "
+        f"{settings['optimizer']}, {settings['warm_up']} steps of warm-up, {settings['schedule']}, "
+        f"self-balancing period {settings['period']}, seeds {', '.join(map(str, seeds))}; {total / 60:.0f} minutes of "
+        "one core in all. "
+        f"Times: {times['turns']} steps of each loss in turn, at the start of training, 2 threads, "
+        f"{times['logits']:,} logits, {times['positives']} positives in the last step. {run['device']}, torch "
+        f"{run['torch']}, commit {(run['commit'] or 'none')[:10]}{' with changes' if run['dirty'] else ''}, "
+        f"{run['date']}."
+    )
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "results": _results,
+    "gradients": _gradients,
+    "correlation": _correlation,
+    "times": _times,
+    "tuning": _tuning,
+    "run": _conditions,
+}
+
+
+def render(report: dict[str, Any], name: str) -> str:
+    """A table by its name."""
+    return _TABLES[name](report)
+
+
+def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """AP and balance of gradients through training, and the correlation of scores and IoUs; the files written."""
+    import matplotlib as mpl  # tables do without
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    by_loss = _by_loss(report)
+    colours = dict(zip(by_loss, plt.colormaps["tab10"].colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    written: list[Path] = []
+
+    def save(figure: Any, what: str) -> None:
+        written.append(folder / f"{name}-{what}.png")
+        figure.savefig(written[-1], dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for loss, runs in by_loss.items():
+        style: dict[str, Any] = {"color": colours[loss], "lw": 2.2 if loss == "aLRP" else 1.2, "label": loss}
+        for axes, series in (
+            (left, [[(entry["step"], 100 * entry["AP"]) for entry in run["evaluations"]] for run in runs]),
+            (right, [[(entry["step"], r) for entry, r in zip(run["log"], ratios(run), strict=True)] for run in runs]),
+        ):
+            values = np.array(series)  # [seed, entry, step and value]
+            steps, of_seeds = values[0, :, 0], values[:, :, 1]
+            axes.plot(steps, of_seeds.mean(0), **style)
+            axes.fill_between(steps, of_seeds.min(0), of_seeds.max(0), color=colours[loss], alpha=0.12)
+    left.set(xlabel="step", ylabel="AP on held-out images", title="AP, mean and range of the seeds")
+    right.set(xlabel="step", yscale="log", title="gradient of negatives / gradient of positives (sums of magnitudes)")
+    right.axhline(1, color="black", lw=0.6)
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both", lw=0.4)
+    save(figure, "curves")
+
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for loss, runs in by_loss.items():
+        x, y = ([run[key] for run in runs] for key in ("score_iou_correlation", "mean_iou"))
+        axes.plot(x, y, "o", color=colours[loss], label=loss)
+    axes.set(xlabel="rank correlation of score and IoU of true positives", ylabel="their mean IoU")
+    axes.grid(alpha=0.3, lw=0.4)
+    axes.legend(fontsize=8)
+    save(figure, "correlation")
+    return written
