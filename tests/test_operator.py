@@ -23,8 +23,15 @@ def draw(p: int, n: int, dtype: torch.dtype, device: str, seed: int = 0) -> tupl
     return rows, columns, (torch.rand(n, generator=generator) < 0.8).to(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(
+    ("dtype", "delta"),
+    [
+        (dtype, delta)
+        for dtype in DTYPES
+        for delta in DELTAS
+        if dtype in (torch.float32, torch.float64) or delta in (1.0, 0.0)
+    ],
+)
 def test_both_products(backend: Backend, device: str, dtype: torch.dtype, delta: float) -> None:
     n = 2500 if dtype == torch.float32 else 700  # more than one tile in each direction either way
     rows, columns, mask = draw(70, n, dtype, device)
@@ -175,7 +182,7 @@ def test_repeatable(backend: Backend, device: str) -> None:
 
 
 @pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize("p", [1, 7, 200])
+@pytest.mark.parametrize("p", [1, 7, 140])
 def test_the_rows_among_themselves(backend: Backend, device: str, delta: float, p: int) -> None:
     rows = draw(p, 1, torch.float32, device)[0]
     rows[::3] = rows[0]
@@ -221,7 +228,7 @@ def test_columns_of_any_shape_and_stride(backend: Backend, device: str) -> None:
 
 
 @pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize("p", [1, 7, 200])
+@pytest.mark.parametrize("p", [1, 7, 140])
 def test_the_rows_by_grade(backend: Backend, device: str, delta: float, p: int) -> None:
     rows, _, _ = draw(p, 1, torch.float32, device, seed=p)
     t, w = torch.rand(p, dtype=torch.float64), torch.rand(p, dtype=torch.float64)
