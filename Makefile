@@ -22,10 +22,10 @@ demo: .venv/.demo  ## Write scenes of handwritten digits in COCO format, train a
 	$(RUN) -m examples.digits demo/data
 	$(RUN) -m examples.coco train --data demo/data --out demo $(DIGITS) $(BUDGET) --goal 0.7
 
-test: .venv/.dev  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
+test: .venv/.dev .venv/.mmdet  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
 	$(RUN) -m pytest $(WORKERS) $(PYTEST)
 
-coverage: .venv/.dev  ## The same, slower, and which lines of the package it runs
+coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the package it runs
 	$(RUN) -m pytest --cov --cov-report=term $(WORKERS) $(PYTEST)
 
 # What Triton's interpreter is slow at, it does in full with one torch only; here the cases that have caught most.
@@ -81,6 +81,12 @@ clean:  ## Remove all that was made here
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+# mmdet asks for mmcv with compiled operators, and for an OpenCV with windows. Its heads train without either.
+.venv/.mmdet: .venv/.dev
+	$(RUN) $(PIP) --no-deps mmdet==3.3.0 mmengine==0.10.7 mmcv-lite==2.1.0
+	$(RUN) $(PIP) addict opencv-python-headless pyyaml rich shapely six termcolor terminaltables yapf
+	@touch $@
 
 .venv/.%: pyproject.toml | .venv/bin/python
 	$(RUN) $(PIP) --editable ".[$*]"

@@ -14,7 +14,7 @@ from .modules import ALRPLoss as ALRPLoss
 from .modules import APLoss as APLoss
 from .modules import RankSortLoss as RankSortLoss
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "ALRPLoss",
     "ALRPLossOutput",

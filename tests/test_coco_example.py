@@ -128,8 +128,8 @@ def test_batches_are_those_of_the_step() -> None:
 
 def test_workers_load_the_same(scenes: Path) -> None:
     data = CocoDetection(find_split(scenes, "train"), flip=True)
-    one, two = (list(make_loader(data, StepSampler(14, 4, range(3), 0), workers)) for workers in (0, 1))
     before = torch.get_rng_state()
+    one, two = (list(make_loader(data, StepSampler(14, 4, range(3), 0), workers)) for workers in (0, 1))
     assert [batch.image_ids for batch in one] == [batch.image_ids for batch in two]
     assert all(
         torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x.images, y.images, strict=True)

@@ -150,7 +150,8 @@ class HeadLoss(nn.Module):
             TypeError, ValueError: as the losses do; boxes that are not ``(P, 4)``, or lack deltas that are needed.
         """
         self._check(boxes)
-        boxes = Boxes(*(None if each is None else each.float() for each in boxes))  # pyright: ignore[reportArgumentType]
+        wide = [None if each is None else at_least_float32(each) for each in boxes]
+        boxes = Boxes(*wide)  # pyright: ignore[reportArgumentType]
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
         errors = self._box_errors(boxes)
         if isinstance(self.criterion, ALRPLoss):
@@ -223,6 +224,11 @@ class DetectorLoss(nn.ModuleDict):
 
     def values(self) -> ValuesView[HeadLoss]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return cast("ValuesView[HeadLoss]", super().values())
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision made float32: it would round the corners of boxes to whole pixels, and worse."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

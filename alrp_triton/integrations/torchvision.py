@@ -23,7 +23,7 @@ from ..checks import check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .atss import CANDIDATES, atss_match
-from .head_loss import Boxes, BoxLoss, DetectorLoss, HeadLoss, Loss
+from .head_loss import Boxes, BoxLoss, DetectorLoss, HeadLoss, Loss, at_least_float32
 
 try:
     from torchvision.models.detection import FCOS, RetinaNet
@@ -181,8 +181,8 @@ class _DenseHead(_Head):
         classes = torch.full_like(matches, logits.shape[-1])  # background
         classes[matches == Matcher.BETWEEN_THRESHOLDS] = _IGNORED
         classes[positive] = labels
-        # float32: under autocast the coder would round anchors to the dtype of the deltas.
-        predicted = self.boxes(deltas[positive].float(), torch.stack(anchors)[positive], boxes)
+        # Under autocast the coder would round anchors to the dtype of the deltas.
+        predicted = self.boxes(at_least_float32(deltas[positive]), torch.stack(anchors)[positive], boxes)
         out = self.loss(logits, classes, predicted)
         return {"classification": out.classification, "bbox_regression": out.box}
 
@@ -258,7 +258,7 @@ class _RegionProposalNetwork(_Head):
         marks = torch.cat(labels)  # 1, 0, and -1 ignored
         positive = marks >= 1
         targets = torch.cat(regression_targets)[positive]
-        boxes = _decoded(self.part.box_coder, pred_bbox_deltas[positive].float(), targets)
+        boxes = _decoded(self.part.box_coder, at_least_float32(pred_bbox_deltas[positive]), targets)
         out = self.loss(objectness.flatten(), marks, boxes)
         return out.classification * self.weight, out.box * self.weight
 
@@ -306,7 +306,7 @@ class _RoIHeads(_Head):
         logits = logits[:, 1:]  # without the background
         positive = labels > 0
         classes = torch.where(positive, labels - 1, logits.shape[1])
-        own = deltas.unflatten(1, (-1, 4))[positive, labels[positive]].float()  # a box for each class
+        own = at_least_float32(deltas.unflatten(1, (-1, 4))[positive, labels[positive]])  # a box for each class
         out = self.loss(logits, classes, _decoded(self.part.box_coder, own, targets[positive]))
         return out.classification, out.box
 
@@ -332,7 +332,7 @@ class _RoIHeads(_Head):
         number, with what is missing to 1 as background, and multiply the scores again.
         """
         count = max(class_logits.shape[1] - 1, 1)
-        scores = class_logits[:, 1:].float().sigmoid() / count
+        scores = at_least_float32(class_logits[:, 1:]).sigmoid() / count
         rest = (1 - scores.sum(1, keepdim=True)).clamp(min=0)
         logarithms = torch.cat([rest, scores], 1).log()
         threshold = self.part.score_thresh

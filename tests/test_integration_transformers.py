@@ -1,0 +1,249 @@
+"""Ranking losses in transformers: against the oracle with their own matching, in tiny models of random weights."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reference.dense import alrp_loss, ap_loss, rank_sort_loss
+from tests.compare import assert_gradient, assert_near
+
+pytest.importorskip("transformers", reason="transformers is a user's, not the package's", exc_type=ImportError)
+pytest.importorskip("torchvision.ops", reason="the integrations need torchvision", exc_type=ImportError)
+
+import transformers
+from transformers.image_transforms import center_to_corners_format
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
+
+from alrp_triton.integrations import transformers as integration
+from alrp_triton.integrations.transformers import remove_ranking_loss, use_ranking_loss
+
+hf, corners = cast("Any", transformers), cast("Any", center_to_corners_format)
+CLASSES, QUERIES, WIDTH, LAYERS = 5, 20, 32, 2
+NAMES = ["RTDetr", "RTDetrV2", "DFine", "Deimv2", "DeformableDetr", "ConditionalDetr", "DabDetr", "LwDetr"]
+CLASS_KEYS = ("loss_ce", "loss_vfl", "loss_mal")
+LABELS = [
+    {
+        "class_labels": torch.tensor([1, 3, 0]),
+        "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.5, 0.3, 0.4], [0.2, 0.7, 0.1, 0.3]]),
+    },
+    {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},  # nothing there
+    {"class_labels": torch.tensor([4, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.9, 0.8], [0.4, 0.1, 0.2, 0.1]])},
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small wait for threads more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name: str, **extra: Any) -> Any:
+    """A model of a few thousand parameters, in training."""
+    stages: dict[str, Any] = {"hidden_sizes": [8, 12, 12, 12], "embedding_size": 8}
+    stages["out_features"] = ["stage2", "stage3", "stage4"]
+    config: dict[str, Any] = {"num_labels": CLASSES, "num_queries": QUERIES, "decoder_layers": LAYERS}
+    config |= {"decoder_ffn_dim": 16, "auxiliary_loss": True}
+    if name == "LwDetr":
+        config |= {"d_model": WIDTH, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2}
+        config |= {"group_detr": 3, "projector_scale_factors": [1.0], "num_queries": 8}
+        vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
+        vit |= {"pretrain_image_size": 64, "window_block_indices": [1], "out_indices": [2], "num_windows": 4}
+        config["backbone_config"] = hf.LwDetrViTConfig(**vit)
+    else:
+        config |= {"encoder_layers": 1, "encoder_ffn_dim": 16, "encoder_attention_heads": 2}
+        config |= {"decoder_attention_heads": 2, "hidden_size" if name == "DabDetr" else "d_model": WIDTH}
+    if name in ("RTDetr", "RTDetrV2", "DFine", "Deimv2"):
+        config |= {"encoder_hidden_dim": WIDTH, "encoder_in_channels": [12] * 3, "feat_strides": [8, 16, 32]}
+        config |= {"decoder_in_channels": [WIDTH] * 3, "num_denoising": 10}
+        config["decoder_n_points"] = 2 if name.startswith("RT") else [2, 2, 2]
+    if name.startswith("RT"):
+        stages["embeddings_size"] = stages.pop("embedding_size")
+        config["backbone_config"] = hf.RTDetrResNetConfig(depths=[1] * 4, **stages)
+    elif name in ("DFine", "Deimv2"):
+        widths = {f"stage_{each}_channels": [8, 12, 12, 12] for each in ("mid", "out")}
+        blocks = {"stage_in_channels": [8, 8, 12, 12], "stem_channels": [3, 8, 8], "stage_num_blocks": [1] * 4}
+        config["backbone_config"] = hf.HGNetV2Config(**widths, **blocks, stage_numb_of_layers=[1] * 4, **stages)
+    elif name != "LwDetr":
+        config["backbone_config"] = hf.ResNetConfig(depths=[1] * 4, **stages)
+    torch.manual_seed(0)
+    model = getattr(hf, f"{name}ForObjectDetection")(getattr(hf, f"{name}Config")(**{**config, **extra})).train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some are zero, so that boxes would be equal and their order by chance
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def run(model: Any, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    return model(pixel_values=torch.randn(len(LABELS), 3, 64, 64), labels=LABELS)
+
+
+def by_hand(logits: Tensor, boxes: Tensor, indices: Any) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Dense targets, and the GIoU errors and IoUs of the positives in the order of their flat index."""
+    dense = np.zeros(logits.shape, np.int64)
+    found: list[tuple[int, Tensor, Tensor]] = []
+    for image, (queries, objects) in enumerate(indices):
+        for query, each in zip(queries.tolist(), objects.tolist(), strict=True):
+            label = int(LABELS[image]["class_labels"][each])
+            dense[image, query, label] = 1
+            pair = [corners(b[None].double()) for b in (boxes[image, query], LABELS[image]["boxes"][each])]
+            giou, (iou, _) = generalized_box_iou(*pair)[0, 0], box_iou(*pair)
+            found.append(
+                (int(np.ravel_multi_index((image, query, label), logits.shape)), (1 - giou) / 2 / 0.5, iou[0, 0])
+            )
+    found.sort(key=lambda each: each[0])
+    return dense, torch.stack([e for _, e, _ in found]), torch.stack([i for *_, i in found])
+
+
+def expected(loss: str, logits: Tensor, boxes: Tensor, indices: Any) -> float:
+    dense, errors, ious = by_hand(logits.detach(), boxes.detach(), indices)
+    scores = logits.detach().numpy()
+    if loss == "alrp":
+        return alrp_loss(scores, dense, errors.numpy()).classification
+    if loss == "ap":
+        return ap_loss(scores, dense).loss
+    result = rank_sort_loss(scores, dense, ious.numpy())
+    return result.ranking + result.sorting
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("loss", ["alrp", "rank_sort"])
+def test_all_rankings_are_the_oracles_and_all_else_is_theirs(
+    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    theirs = run(model).loss_dict
+    keys = set(model.state_dict())
+    calls: list[tuple[Tensor, Tensor, Any]] = []
+    ranked = integration._ranked  # pyright: ignore[reportPrivateUsage]
+
+    def spy(head_loss: Any, logits: Tensor, boxes: Tensor, targets: Any, indices: Any) -> Any:
+        calls.append((logits, boxes, indices))
+        return ranked(head_loss, logits, boxes, targets, indices)
+
+    monkeypatch.setattr(integration, "_ranked", spy)
+    losses = use_ranking_loss(model, loss, period=100 if loss == "alrp" else None, backend="torch")  # pyright: ignore[reportArgumentType]
+    out = run(model)
+    ours = out.loss_dict
+    assert set(ours) == set(theirs)
+    values = [value for key, value in ours.items() if key.startswith(CLASS_KEYS)]
+    assert len(values) == len(calls) == len(losses)
+    for value, (logits, boxes, indices) in zip(values, calls, strict=True):
+        assert_near(value, expected(loss, logits, boxes, indices), 1e-5, "a ranking")
+    replaced = (*CLASS_KEYS, "loss_giou") if loss == "alrp" else CLASS_KEYS
+    for key, value in ours.items():
+        if not key.startswith(replaced):
+            assert_near(value, theirs[key], 1e-5, key)
+    out.loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert set(model.state_dict()) == keys
+    remove_ranking_loss(model)
+    assert all(torch.equal(value, theirs[key]) for key, value in run(model).loss_dict.items())
+
+
+@pytest.mark.parametrize("name", ["RTDetr", "DeformableDetr"])
+def test_gradients_and_matching_by_hand(name: str) -> None:
+    """Called as the model calls it: one layer, its own matcher, losses and gradients of logits and boxes."""
+    model = build(name, **({"num_denoising": 0} if name == "RTDetr" else {}))
+    model.config.auxiliary_loss = False
+    matcher = (
+        RTDetrHungarianMatcher(model.config)
+        if name == "RTDetr"
+        else DeformableDetrHungarianMatcher(model.config.class_cost, model.config.bbox_cost, model.config.giou_cost)
+    )
+    losses = use_ranking_loss(model, period=100, backend="torch")
+    torch.manual_seed(3)
+    logits = torch.randn(len(LABELS), QUERIES, CLASSES, requires_grad=True)
+    boxes = (torch.rand(len(LABELS), QUERIES, 4) * 0.5 + 0.2).requires_grad_()
+    total, values, _ = model.loss_function(logits, LABELS, logits.device, boxes, model.config)
+    total.backward()
+
+    indices = matcher({"logits": logits, "pred_boxes": boxes}, LABELS)
+    again = boxes.detach().clone().requires_grad_()
+    dense, errors, _ = by_hand(logits, again, indices)
+    oracle = alrp_loss(logits.detach().numpy(), dense, errors.detach().numpy())
+    lengths = [(again[i, q] - LABELS[i]["boxes"][o]).abs().sum() for i, (q, o) in enumerate(indices)]
+    l1 = torch.stack(lengths).sum() / sum(len(each["boxes"]) for each in LABELS)
+    assert_near(values["loss_giou"], 50 * oracle.localisation, 1e-5, "localisation, of initial weight")
+    cls = next(value for key, value in values.items() if key.startswith(CLASS_KEYS))
+    assert_near(total, float((cls + values["loss_giou"] + 5 * l1).detach()), 1e-5, "total")
+    assert_near(cls, oracle.classification, 1e-5, "classification")
+    (5 * l1 + 50 * (errors * torch.from_numpy(oracle.grad_box_errors)).sum()).backward()
+    assert logits.grad is not None
+    assert boxes.grad is not None
+    assert again.grad is not None
+    assert_gradient(logits.grad.flatten(), oracle.grad_logits, 1e-5)
+    assert_near(boxes.grad, again.grad, 1e-5, "gradient of boxes")
+    first: Any = losses[0]
+    assert float(first.box_weight) == pytest.approx(50)
+
+
+def test_ap_is_ranked_without_boxes() -> None:
+    model = build("ConditionalDetr")
+    use_ranking_loss(model, "ap", backend="torch")
+    out = run(model)
+    matcher = DeformableDetrHungarianMatcher(model.config.class_cost, model.config.bbox_cost, model.config.giou_cost)
+    layer = {"logits": out.logits, "pred_boxes": out.pred_boxes}
+    assert_near(out.loss_dict["loss_ce"], expected("ap", out.logits, out.pred_boxes, matcher(layer, LABELS)), 1e-5)
+
+
+def test_nothing_in_any_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("RTDetr")
+    use_ranking_loss(model, period=100, backend="torch")
+    monkeypatch.setattr(f"{__name__}.LABELS", [LABELS[1]] * 2)
+    out = run(model)
+    assert out.loss_dict["loss_vfl"] == 0
+    out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_state_is_kept_for_each_layer() -> None:
+    model = build("RTDetr")
+    losses = use_ranking_loss(model, period=2, backend="torch")
+    assert len(losses) == 2 * LAYERS + 1
+    for seed in range(2):
+        run(model, seed)
+    weights = [float(each.balance.weight) for each in losses]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    assert len(set(weights)) > 1
+    assert 50.0 not in weights
+    resumed = pickle.loads(pickle.dumps(model))
+    fresh = use_ranking_loss(resumed, period=2, backend="torch")
+    fresh.load_state_dict(losses.state_dict())
+    assert_near(run(resumed, 5).loss, run(model, 5).loss, 1e-6)
+    before = copy.deepcopy(losses.state_dict())
+    with torch.no_grad():
+        run(model)
+    assert all(torch.equal(value, before[key]) for key, value in losses.state_dict().items())
+
+
+def test_what_cannot_be_ranked_is_refused() -> None:
+    softmax = build("Detr")
+    with pytest.raises(TypeError, match="sigmoid; DetrForObjectDetection has a softmax with a 'no object' class"):
+        use_ranking_loss(softmax, period=1)
+    assert softmax.loss_function.__name__ == "ForObjectDetectionLoss"
+    with pytest.raises(TypeError, match="model must be a detector"):
+        use_ranking_loss(torch.nn.Linear(1, 1), period=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="ResNetForImageClassification has ForSequenceClassificationLoss"):
+        use_ranking_loss(hf.ResNetForImageClassification(softmax.config.backbone_config), period=1)
+    model = build("RTDetr")
+    with pytest.raises(ValueError, match="period must be given"):
+        use_ranking_loss(model)
+    with pytest.raises(ValueError, match="box_weight is for loss 'alrp'"):
+        use_ranking_loss(model, "ap", box_weight=1.0)
+    model.config.use_focal_loss = False
+    with pytest.raises(ValueError, match="use_focal_loss=False"):
+        use_ranking_loss(model, "ap")
+    assert model.loss_function.__name__ == "RTDetrForObjectDetectionLoss"
