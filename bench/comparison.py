@@ -82,13 +82,18 @@ class _Probe:
         self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
     ) -> dict[str, Tensor]:
         self.outputs = outputs
+        self.see_positives(targets, outputs, matched)
+        for output in outputs.values():
+            output.retain_grad()
+        return self.inner(targets, outputs, anchors, matched)
+
+    def see_positives(
+        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], matched: list[Tensor]
+    ) -> None:
         self.positive = torch.zeros_like(outputs["cls_logits"], dtype=torch.bool)
         for image, (target, match) in enumerate(zip(targets, matched, strict=True)):
             anchor = torch.where(match >= 0)[0]
             self.positive[image, anchor, target["labels"][match[anchor]]] = True
-        for output in outputs.values():
-            output.retain_grad()
-        return self.inner(targets, outputs, anchors, matched)
 
     def gradients(self) -> dict[str, float]:
         """Sums of magnitudes: of the positives' and the negatives' logits, and of the boxes."""
@@ -112,6 +117,7 @@ class _Clock(_Probe):
     def compute_loss(
         self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
     ) -> dict[str, Tensor]:
+        self.see_positives(targets, outputs, matched)
         leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
         begin = time.perf_counter()
         losses = self.inner(targets, leaves, anchors, matched)

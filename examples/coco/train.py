@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -149,7 +150,11 @@ class Run:
         return make_loader(self.data, sampler, workers)
 
     def take_step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward, update. Returns the losses as they are added up, and the weights of the box losses."""
+        """Forward, backward, update. Returns the losses as they are added up, and the weights of the box losses.
+
+        What is random in a step depends on the step alone, so a resumed run needs no state of random numbers.
+        """
+        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.step, self.rank)).generate_state(1)[0]))
         images = [image.to(self.device) for image in batch.images]
         targets = [
             {
@@ -182,7 +187,6 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
             "categories": self.data.categories,
         }
 
@@ -204,7 +208,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
         self.step = state["step"]
 
 
