@@ -20,7 +20,7 @@ BUDGET := --steps 400 --every 100 --optimizer adamw --lr 3e-3 --warm-up 50 --sch
 demo: .venv/.demo  ## Write scenes of handwritten digits in COCO format, train a RetinaNet with aLRP Loss; see demo/
 	rm -rf demo
 	$(RUN) -m examples.digits demo/data
-	$(RUN) -m examples.coco train --data demo/data --out demo $(DIGITS) $(BUDGET) --goal 0.7
+	$(RUN) -m examples.coco train --data demo/data --out demo $(DIGITS) $(BUDGET) --evaluate-first --goal 0.7
 
 test: .venv/.dev .venv/.mmdet  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
 	$(RUN) -m pytest $(WORKERS) $(PYTEST)

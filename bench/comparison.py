@@ -53,7 +53,7 @@ CONTENDERS = {
 
 STEPS, BATCH, PERIOD, WARM_UP = 400, 8, 50, 50
 EVALUATIONS = 4  # of a run, the last at its end
-LEARNING_RATES, SHORT = (1e-3, 3e-3), 200
+LEARNING_RATES, SHORT = (1e-3, 3e-3, 1e-2), 200
 SCENES, HELD_OUT = 1600, 200
 CPU = torch.device("cpu")
 _LOGGED = 10  # steps

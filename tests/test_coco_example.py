@@ -247,7 +247,7 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "run"
     common = ["--data", str(scenes), "--out", str(out), "--workers", "0", "--device", "cpu"]
     small = ["--detector", "retinanet_small", "--size", "64", "--batch", "4", "--steps", "2", "--every", "1"]
-    assert cli(monkeypatch, "train", *common, *small, "--goal", "0.99") == 1
+    assert cli(monkeypatch, "train", *common, *small, "--evaluate-first", "--goal", "0.99") == 1
     shown = capsys.readouterr()
     assert "below 0.99" in shown.err
     assert "before training" in shown.out

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-flip", action="store_true", help="do not flip images at random")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
     add("--every", type=int, help="steps between evaluations and checkpoints; an epoch by default")
+    add("--evaluate-first", action="store_true", help="also before training")
     add("--init", type=Path, help="a file of weights to begin with, a state_dict such as torchvision's")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -124,7 +125,7 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
     if options.resume:
         run.load(_load(checkpoint))
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = {} if options.resume else {"before training": evaluation()}
+    rows = {"before training": evaluation()} if options.evaluate_first else {}
     every = options.every or max(len(data) // options.batch, 1)
     rows["after training"] = train(
         run, options.out, evaluation, every=every, workers=options.workers, until=options.until
