@@ -1,0 +1,106 @@
+"""The comparison of losses: what its probes see, which detections are true, and the tables and plots made of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision.ops", reason="the comparison needs torchvision", exc_type=ImportError)
+pytest.importorskip("sklearn", reason="the comparison's data are scikit-learn's")
+
+from bench import comparison, side_by_side
+from examples import digits
+from examples.coco.data import CocoDetection, Split
+
+SCENES, HELD_OUT = 24, 3
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    digits.write(folder, SCENES, HELD_OUT, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(scenes: Path) -> dict[str, Any]:
+    """A comparison of two losses and two seeds, a few steps long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "CONTENDERS", {name: comparison.CONTENDERS[name] for name in ("aLRP", "focal + L1")})
+        patch.setattr(comparison, "_LOGGED", 2)
+        threads = torch.get_num_threads()
+        runs = [
+            comparison.train_one(name, 1e-3, seed, 4, scenes) for name in comparison.CONTENDERS for seed in range(2)
+        ]
+        torch.set_num_threads(threads)
+        times = comparison.time_all(scenes, 2)
+    tuning = [{"contender": run["contender"], "lr": 1e-3, "AP": 0.1} for run in runs if run["seed"] == 0]
+    run = {"device": "x", "torch": "y", "commit": "z", "dirty": False, "date": "now"}
+    return {"run": run, "command": "c", "seconds": 1.0, "comparison": runs, "tuning": tuning, "times": times}
+
+
+def test_gradients_are_balanced_by_alrp_and_not_by_focal_loss(report: dict[str, Any]) -> None:
+    for run in report["comparison"]:
+        ratios = side_by_side.ratios(run)
+        assert [entry["step"] for entry in run["log"]] == [2, 4]
+        assert all(entry["positives"] > 0 and entry["boxes"] > 0 for entry in run["log"])
+        balanced = [abs(ratio - 1) < 1e-5 for ratio in ratios]
+        assert all(balanced) if run["contender"] == "aLRP" else not any(balanced)
+
+
+def test_a_run(report: dict[str, Any]) -> None:
+    for run in report["comparison"]:
+        assert [entry["step"] for entry in run["evaluations"]] == [1, 2, 3, 4]
+        assert {"AP", "AP50", "AP75", "oLRP", "oLRP_loc", "oLRP_FP", "oLRP_FN"} < set(run["evaluations"][-1])
+    for of in report["times"]["losses"].values():
+        assert 0 < of["share"] < 1
+        assert of["loss_ms"] == sorted(of["loss_ms"])
+    assert report["times"]["positives"] > 0
+    first, second = (run["evaluations"][-1] for run in report["comparison"][:2])
+    assert first != second  # of other seeds
+
+
+def test_true_positives(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]},
+            {"id": 2, "image_id": 1, "category_id": 2, "bbox": [50, 50, 10, 10]},
+        ],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = CocoDetection(Split(tmp_path / "a.json", tmp_path))
+    boxes = [[0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60], [50, 50, 60, 56], [0, 0, 4, 10]]
+    found = {
+        "image_id": 1,
+        "boxes": torch.tensor(boxes, dtype=torch.float32),
+        "labels": torch.tensor([0, 0, 0, 1, 0]),  # the third is of another class
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6, 0.95]),  # the last has an IoU of 0.4
+    }
+    scores, ious = comparison.true_positives(data, [found])
+    assert np.allclose(scores, [0.9, 0.6])
+    assert np.allclose(ious, [0.8, 0.6])
+
+
+def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("results", "gradients", "correlation", "times", "tuning"):
+        lines = side_by_side.render(report, name).splitlines()
+        assert [line.split("|")[1].strip() for line in lines[2:]] == ["aLRP", "focal + L1"]
+    assert "4 runs of 4 steps of 8 images" in side_by_side.render(report, "run")
+    written = side_by_side.draw(report, tmp_path, "x")
+    assert [path.name for path in written] == ["x-curves.png", "x-correlation.png"]
+    assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    for _ in range(2):
+        assert comparison._kept(tmp_path / "x.json", lambda: made.append(1) or {"a": 1}) == {"a": 1}  # pyright: ignore[reportPrivateUsage]
+    assert made == [1]
+    (tmp_path / "aLRP-0.001-0-4.json").write_text('{"done": true}')
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("it was done"))
+    assert comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path) == [{"done": True}]  # pyright: ignore[reportPrivateUsage]
