@@ -1,7 +1,9 @@
 """The losses side by side: one small detector, one data set, one budget, several seeds. ``python -m bench.comparison``.
 
 Learning rates are chosen for each loss from a short run on other scenes. What is left of an interrupted comparison is
-taken up again: each run leaves a file in ``--work``. The result file is what tables and plots are made from.
+taken up again: each run leaves a file in ``--work``, to be removed when the code has changed. The result file is what
+tables and plots are made from. ``python -m bench.comparison check`` repeats the short runs of the chosen learning rates
+and compares what they ended at with the result file, bit for bit.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +58,7 @@ STEPS, BATCH, PERIOD, WARM_UP = 400, 8, 50, 50
 EVALUATIONS = 4  # of a run, the last at its end
 LEARNING_RATES, SHORT = (1e-3, 3e-3, 1e-2), 200
 SCENES, HELD_OUT = 1600, 200
+TUNING_SEED = 100
 CPU = torch.device("cpu")
 _LOGGED = 10  # steps
 
@@ -208,8 +212,15 @@ def time_all(folder: Path, turns: int) -> dict[str, Any]:
 def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a former call left in the file, or what is made and left there now."""
     if not file.exists():
-        file.write_text(json.dumps(make()) + "\n")
+        _write(file, make())
     return json.loads(file.read_text())
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    partial.replace(file)
 
 
 def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Path) -> list[dict[str, Any]]:
@@ -222,7 +233,10 @@ def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Pa
             command = [sys.executable, "-m", "bench.comparison", "one", "--data", str(data), "--file", str(file)]
             command += ["--name", name, "--lr", str(lr), "--seed", str(seed), "--steps", str(steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return json.loads(file.read_text())
+        result = json.loads(file.read_text())
+        if result["settings"] != asdict(settings_of(name, lr, seed, steps)):
+            raise ValueError(f"{file} is of a run with other settings: remove {work}")
+        return result
 
     with ThreadPoolExecutor(2) as pool:
         return list(tqdm(pool.map(run, jobs), total=len(jobs), desc="runs", unit="run"))
@@ -237,7 +251,7 @@ def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
         if not folder.exists():
             write(folder, SCENES, HELD_OUT, seed)
     times = _kept(work / "times.json", lambda: time_all(final, turns))
-    tried = [(name, lr, 100, SHORT) for name in CONTENDERS for lr in LEARNING_RATES]
+    tried = [(name, lr, TUNING_SEED, SHORT) for name in CONTENDERS for lr in LEARNING_RATES]
     tuning = _run_apart(tried, other, work)
     chosen = {
         name: max((one for one in tuning if one["contender"] == name), key=lambda one: one["evaluations"][-1]["AP"])[
@@ -248,8 +262,7 @@ def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
     jobs = [(name, chosen[name], seed, STEPS) for seed in range(seeds) for name in CONTENDERS]
     runs = _run_apart(jobs, final, work)
     tuned = [
-        {"contender": one["contender"], "lr": one["settings"]["lr"], "AP": one["evaluations"][-1]["AP"]}
-        for one in tuning
+        {"contender": one["contender"], "lr": one["settings"]["lr"], "end": one["evaluations"][-1]} for one in tuning
     ]
     return {
         "run": run,
@@ -261,6 +274,28 @@ def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
     }
 
 
+def check(file: Path, work: Path) -> dict[str, Any]:
+    """Repeats the short run of each loss, at its chosen learning rate, with the code as it is now.
+
+    Raises:
+        ValueError: a run ended elsewhere than the result file says.
+    """
+    report = json.loads(file.read_text())
+    chosen = {run["contender"]: run["settings"]["lr"] for run in report["comparison"]}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        write(Path(folder) / "scenes", SCENES, HELD_OUT, 1)
+        jobs = [(name, lr, TUNING_SEED, SHORT) for name, lr in chosen.items()]
+        repeated = _run_apart(jobs, Path(folder) / "scenes", Path(folder))
+    before = {(entry["contender"], entry["lr"]): entry["end"] for entry in report["tuning"]}
+    for run in repeated:
+        name, now = run["contender"], run["evaluations"][-1]
+        if json.dumps(now) != json.dumps(before[name, chosen[name]]):  # as text, for NaN is no equal of NaN
+            raise ValueError(f"{name} ended at {now}, the result file says {before[name, chosen[name]]}")
+    now = describe_run(CPU)
+    report["checked"] = {"runs": len(repeated), "commit": now["commit"], "dirty": now["dirty"], "date": now["date"]}
+    return report
+
+
 def main() -> None:
     """Compare, or do one run of the comparison."""
     parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
@@ -269,15 +304,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40, help="steps to take the time of (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("comparison"), help="folder of scenes and runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "comparison.json", help="result file")
+    commands.add_parser("check", help="repeat the short runs, compare them with the result file, and note that there")
     one = commands.add_parser("one")
     for name, kind in {"data": Path, "file": Path, "name": str, "lr": float, "seed": int, "steps": int}.items():
         one.add_argument(f"--{name}", type=kind, required=True)
     options = parser.parse_args()
     if options.command == "one":
         result = train_one(options.name, options.lr, options.seed, options.steps, options.data)
-        options.file.write_text(json.dumps(result) + "\n")
+        _write(options.file, result)
         return
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.command == "check":
+        store(check(options.out, options.work), options.out)
+        return
     store(compare(options.seeds, options.work, options.turns), options.out)
 
 

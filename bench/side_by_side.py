@@ -86,7 +86,7 @@ def _times(report: dict[str, Any]) -> str:
 
 def _tuning(report: dict[str, Any]) -> str:
     rates = sorted({entry["lr"] for entry in report["tuning"]})
-    of = {(entry["contender"], entry["lr"]): f"{100 * entry['AP']:.1f}" for entry in report["tuning"]}
+    of = {(entry["contender"], entry["lr"]): f"{100 * entry['end']['AP']:.1f}" for entry in report["tuning"]}
     lines = [[name, *(of[name, rate] for rate in rates)] for name in _by_loss(report)]
     return table(["AP after the short run, by learning rate", *(f"{rate:g}" for rate in rates)], lines)
 
@@ -102,9 +102,19 @@ def _conditions(report: dict[str, Any]) -> str:
         "one core in all. "
         f"Times: {times['turns']} steps of each loss in turn, at the start of training, 2 threads, "
         f"{times['logits']:,} logits, {times['positives']} positives in the last step. {run['device']}, torch "
-        f"{run['torch']}, commit {(run['commit'] or 'none')[:10]}{' with changes' if run['dirty'] else ''}, "
-        f"{run['date']}."
+        f"{run['torch']}, {_commit(run)}.{_checked(report)}"
     )
+
+
+def _commit(run: dict[str, Any]) -> str:
+    return f"commit {(run['commit'] or 'none')[:10]}{' with changes' if run['dirty'] else ''}, {run['date']}"
+
+
+def _checked(report: dict[str, Any]) -> str:
+    if "checked" not in report:
+        return ""
+    of = report["checked"]
+    return f" {of['runs']} short runs, one of each loss, repeated at {_commit(of)}: the same figures, bit for bit."
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

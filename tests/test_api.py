@@ -69,7 +69,16 @@ def test_layers_import_one_way() -> None:
     inside = {
         "backends": within,
         "metrics": ["lrp", "coco", "images", "detection", "__init__"],
-        "integrations": ["__init__", "head_loss", "atss", "torchvision", "detectron2", "mmdet", "transformers"],
+        "integrations": [
+            "__init__",
+            "head_loss",
+            "atss",
+            "torchvision_heads",
+            "torchvision",
+            "detectron2",
+            "mmdet",
+            "transformers",
+        ],
     }
     for path in (ROOT / "alrp_triton").rglob("*.py"):
         layers = inside.get(path.parent.name, order)

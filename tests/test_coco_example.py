@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,6 +102,27 @@ def test_data(tmp_path: Path) -> None:
     assert (red.image[1:] < 0.1).all()
 
 
+def test_pixels(tmp_path: Path) -> None:
+    """16 bits a pixel, palettes, transparency; an image of another size than the file says."""
+    data = CocoDetection(data_set(tmp_path))
+    steps = np.linspace(0, 65535, 200).round().astype(np.uint16).reshape(10, 20)
+    Image.fromarray(steps).save(tmp_path / "images" / "grey.png")
+    assert torch.equal(data[0].image, torch.from_numpy(steps.astype(np.float32) / 65535).expand(3, -1, -1))
+    for mode in ("P", "RGBA", "LA", "1", "CMYK"):
+        Image.new(mode, (20, 10)).save(tmp_path / "images" / "grey.png", format="PNG" if mode != "CMYK" else "JPEG")
+        assert data[0].image.shape == (3, 10, 20)
+    Image.new("L", (10, 20)).save(tmp_path / "images" / "grey.png")
+    with pytest.raises(ValueError, match=r"grey\.png has \(10, 20\) pixels, its annotation file says \(20, 10\)"):
+        data[0]
+
+
+def test_data_sets_are_told_apart(tmp_path: Path) -> None:
+    first = CocoDetection(data_set(tmp_path)).fingerprint
+    assert CocoDetection(data_set(tmp_path)).fingerprint == first
+    other = data_set(tmp_path, lambda content: content["annotations"][0].update(bbox=[0, 0, 1, 1]))
+    assert CocoDetection(other).fingerprint != first
+
+
 def test_flips_are_those_of_the_step(tmp_path: Path) -> None:
     """About half of the images; the same for the same seed, epoch and image."""
     split = data_set(tmp_path)
@@ -171,8 +193,23 @@ def test_a_resumed_run_ends_at_the_same_weights(loss: str, scenes: Path, tmp_pat
     for name in ("steps.csv", "evaluations.csv"):
         assert rows(tmp_path / "whole" / name) == rows(tmp_path / "parts" / name)
     assert [row["step"] for row in rows(tmp_path / "whole" / "steps.csv")] == list("123456")
+    other = CocoDetection(find_split(scenes, "val"))
+    with pytest.raises(ValueError, match=r"the checkpoint is of a run on other data than .*instances_val\.json"):
+        Run(replace(SMALL, loss=loss), other, CPU).load(state)
     with pytest.raises(ValueError, match=r"other settings: lr 0.003 \(now 1.0\)"):
         Run(replace(SMALL, loss=loss, lr=1.0), data, CPU).load(state)
+
+
+def test_random_numbers_are_those_of_the_step(scenes: Path) -> None:
+    """So that a detector that draws some is resumed like any other."""
+    data = CocoDetection(find_split(scenes, "train"))
+    drawn: list[float] = []
+    for seed in (1, 2):
+        run = Run(SMALL, data, CPU)
+        torch.manual_seed(seed)
+        run.take_step(next(iter(run.batches(1, 0))))
+        drawn += torch.rand(1).tolist()
+    assert drawn[0] == drawn[1]
 
 
 def test_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
@@ -212,6 +249,9 @@ def test_evaluation(scenes: Path) -> None:
     run.model.train()
     assert evaluate(as_results(detect(run.model, data, 0, CPU, 2, 0), data), data)["AP50"] < 0.1
     assert run.model.training
+    data.annotations.clear()
+    for results in ([], as_results(perfect, data)):
+        assert all(np.isnan(value) for name, value in evaluate(results, data).items() if name in ("AP", "AP50", "oLRP"))
 
 
 @pytest.mark.parametrize("detector", ["fcos_resnet50", "fasterrcnn_resnet50"])
@@ -261,7 +301,19 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save(torch.load(out / "checkpoint.pt", weights_only=True)["model"], tmp_path / "weights.pt")
     other = [*common[:2], "--out", str(tmp_path / "other"), *common[4:], *small]
     assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 0
-    capsys.readouterr()
+    assert re.search(r"begins with (\d+) of \1 given tensors, of the detector's \1\n", capsys.readouterr().out)
+    # The backbone's alone, as a classifier has them.
+    whole = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    prefix = "backbone."
+    torch.save(
+        {key[len(prefix) :]: value for key, value in whole.items() if key.startswith(prefix)}, tmp_path / "weights.pt"
+    )
+    other[3] = str(tmp_path / "backbone")
+    assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 0
+    assert re.search(r"begins with (\d+) of \1 given tensors", capsys.readouterr().out)
+    (out / "checkpoint.pt").write_bytes(b"")
+    assert cli(monkeypatch, "evaluate", *common) == 2
+    assert "holds no weights" in capsys.readouterr().err
     torch.save({"other": torch.zeros(2)}, tmp_path / "weights.pt")
     other[3] = str(tmp_path / "third")
     assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 2
@@ -276,6 +328,12 @@ def test_errors_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda content: content.pop("categories"), r"val.json is no COCO annotation file: KeyError\('categories'\)"),
         (lambda content: content["annotations"][0].pop("bbox"), "bbox"),
+        (lambda content: content["annotations"][0].update(bbox=[1, 2, 3]), "val.json is no COCO annotation file"),
+        (lambda content: content["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "bbox"),
+        (lambda content: content["images"][0].update(id=0.5), "the id of an image is 0.5 and no whole number"),
+        (lambda content: content["images"][0].update(id=4), "two images have one id"),
+        (lambda content: content["categories"][0].update(id="7"), "the id of a category is '7' and no whole number"),
+        (lambda content: content["categories"][0].update(id=3), "two categories have one id"),
         (lambda content: content["annotations"][0].update(category_id=99), "99"),
         (lambda content: content["annotations"][0].update(image_id=99), "99"),
         (lambda content: content.update(images=[], annotations=[]), "lists no images"),
@@ -293,8 +351,9 @@ def test_errors_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         find_split(tmp_path, "val")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(scenes: Path, tmp_path: Path) -> None:
-    run = Run(SMALL, CocoDetection(find_split(scenes, "train")), CPU)
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_loss_that_is_not_finite_stops_the_run(amp: str, scenes: Path, tmp_path: Path) -> None:
+    run = Run(replace(SMALL, amp=amp), CocoDetection(find_split(scenes, "train")), CPU)
     with torch.no_grad():
         next(run.model.parameters()).fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):

@@ -1,6 +1,7 @@
 """The comparison of losses: what its probes see, which detections are true, and the tables and plots made of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def report(scenes: Path) -> dict[str, Any]:
         ]
         torch.set_num_threads(threads)
         times = comparison.time_all(scenes, 2)
-    tuning = [{"contender": run["contender"], "lr": 1e-3, "AP": 0.1} for run in runs if run["seed"] == 0]
+    tuning = [
+        {"contender": run["contender"], "lr": 1e-3, "end": run["evaluations"][-1]} for run in runs if run["seed"] == 0
+    ]
     run = {"device": "x", "torch": "y", "commit": "z", "dirty": False, "date": "now"}
     return {"run": run, "command": "c", "seconds": 1.0, "comparison": runs, "tuning": tuning, "times": times}
 
@@ -101,6 +104,24 @@ def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypa
     for _ in range(2):
         assert comparison._kept(tmp_path / "x.json", lambda: made.append(1) or {"a": 1}) == {"a": 1}  # pyright: ignore[reportPrivateUsage]
     assert made == [1]
-    (tmp_path / "aLRP-0.001-0-4.json").write_text('{"done": true}')
+    done = {"settings": asdict(comparison.settings_of("aLRP", 1e-3, 0, 4))}
+    (tmp_path / "aLRP-0.001-0-4.json").write_text(json.dumps(done))
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("it was done"))
-    assert comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path) == [{"done": True}]  # pyright: ignore[reportPrivateUsage]
+    assert comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path) == [done]  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(comparison, "BATCH", 5)
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_result_file_is_checked_by_repeating(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [run for run in report["comparison"] if run["seed"] == 0]
+    monkeypatch.setattr(comparison, "write", lambda *_: None)
+    monkeypatch.setattr(comparison, "_run_apart", lambda *_: runs)
+    (tmp_path / "x.json").write_text(json.dumps(report))
+    assert comparison.check(tmp_path / "x.json", tmp_path)["checked"]["runs"] == 2
+    report["tuning"][0]["end"] = {**report["tuning"][0]["end"], "AP": 0.123}
+    (tmp_path / "x.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"aLRP ended at .*, the result file says .*0\.123"):
+        comparison.check(tmp_path / "x.json", tmp_path)

@@ -7,6 +7,7 @@ import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 from unittest import mock
 
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 pytest.importorskip("torchvision.ops", reason="torchvision is an extra", exc_type=ImportError)
 
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
 from alrp_triton.integrations.atss import atss_match
 from alrp_triton.integrations.head_loss import DetectorLoss, HeadLoss, Loss
-from alrp_triton.integrations.torchvision import remove_ranking_loss, use_ranking_loss
+from alrp_triton.integrations.torchvision import ranking_loss_of, remove_ranking_loss, use_ranking_loss
+from alrp_triton.integrations.torchvision_heads import _decoded
 from tests import boxes_by_hand
 from tests.boxes_by_hand import Head, Positive, decode, encode
 from tests.compare import assert_balanced, assert_near
@@ -128,6 +131,10 @@ def seen_by(model: Any, part: Any, method: str, data: Batch) -> tuple[dict[str, 
     with mock.patch.object(part, method, wraps=getattr(part, method)) as spy:
         losses = model(*data)
     return losses, spy.call_args.args
+
+
+def keep_boxes(into: list[Any], part: nn.Module, arguments: Any) -> None:
+    into.append(arguments[2].predicted)
 
 
 def steps(part: HeadLoss) -> int:
@@ -322,7 +329,7 @@ def test_atss_assignment() -> None:
         matched.append(atss_match(*arguments))
         return matched[-1]
 
-    with mock.patch("alrp_triton.integrations.torchvision.atss_match", spy):
+    with mock.patch("alrp_triton.integrations.torchvision_heads.atss_match", spy):
         losses, (_, outputs, of_images, _) = seen_by(model, model.head, "compute_loss", data)
     for target, of_image, match in zip(data[1], of_images, matched, strict=True):
         levels = [16 * 16 * 3, 8 * 8 * 3]
@@ -462,12 +469,89 @@ def test_a_constant_weight_and_another_box_loss() -> None:
 def test_autocast() -> None:
     """Half-precision outputs; boxes are decoded in float32."""
     for name in ("retinanet", "fcos", "faster_rcnn"):
-        model, _ = make(name)
+        model, parts = make(name)
+        seen: list[Any] = []
+        for part in parts.values():
+            part.register_forward_pre_hook(partial(keep_boxes, seen))
         with torch.autocast("cpu", torch.bfloat16):
             losses = model(*batch())
+        for predicted in seen:
+            assert predicted.dtype == torch.float32
+            assert not torch.equal(predicted, predicted.bfloat16().float())  # nor was it rounded before
         assert all(value.dtype == torch.float32 for value in losses.values())
         torch.stack(list(losses.values())).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("assignment", ["iou", "atss"])
+def test_targets_of_other_dtypes(assignment: Any) -> None:
+    """float64 boxes, as NumPy makes them, and int32 labels."""
+    images, targets = batch()
+    others = [{**t, "boxes": t["boxes"].double(), "labels": t["labels"].int()} for t in targets]
+    for name in ("retinanet", "faster_rcnn")[: 2 if assignment == "iou" else 1]:
+        model, _ = make(name, assignment=assignment)
+        plain = model(images, targets)
+        if name == "faster_rcnn":  # torchvision wants int64 there
+            others = [{**t, "labels": t["labels"].long()} for t in others]
+        for key, value in make(name, assignment=assignment)[0](images, others).items():
+            assert_near(value, plain[key], 1e-5)
+
+
+def test_labels_that_are_no_classes() -> None:
+    images, targets = batch()
+    targets[0]["labels"][0] = CLASSES
+    for name in ("retinanet", "fcos"):
+        with pytest.raises(ValueError, match=r"labels of targets must be in 0..4, the classes of the head, got \[5\]"):
+            make(name)[0](images, targets)
+
+
+def test_true_boxes_of_any_size() -> None:
+    """torchvision's coder limits what it decodes, which holds for predictions; a true box may be 100 times an anchor."""
+    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+    anchor, box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[-50.0, -50.0, 51.0, 51.0]])
+    deltas = coder.encode_single(box, anchor)
+    boxes = _decoded(coder, torch.zeros(1, 4), deltas)
+    assert_near(boxes.target / 1024, box, 1e-5)
+    assert_near(_decoded(coder, deltas * 2, deltas).predicted[0, 2] / 1024, 50.5 * 2 + 0.5 + 62.5 / 2 - 50, 1)
+
+
+def test_frozen_parts_stay_frozen() -> None:
+    torch.manual_seed(0)
+    model = fcos().requires_grad_(False)
+    use_ranking_loss(model, period=5)
+    remove_ranking_loss(model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_methods_that_were_set_before() -> None:
+    """They are called, and come back."""
+    model, calls = retinanet(), [0]
+    own = model.head.forward
+
+    def counted(features: list[Tensor]) -> dict[str, Tensor]:
+        calls[0] += 1
+        return own(features)
+
+    model.head.forward = counted
+    for loss in ("alrp", "ap"):
+        use_ranking_loss(model, loss, period=5)
+        model(*batch())
+    assert calls == [2]
+    remove_ranking_loss(model)
+    assert model.head.forward is counted
+
+
+def test_losses_of_a_copy() -> None:
+    model, parts = make("faster_rcnn")
+    assert dict(ranking_loss_of(model).items()) == dict(parts.items())
+    copied = copy.deepcopy(model)
+    copied(*batch())
+    assert {name: steps(part) for name, part in ranking_loss_of(copied).items()} == {"rpn": 1, "roi_heads": 1}
+    assert all(steps(part) == 0 for part in parts.values())
+    assert len(ranking_loss_of(retinanet())) == 0
+    parts.eval()
+    model(*batch())
+    assert all(steps(part) == 0 for part in parts.values())
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def atss_match(
     check_integer("candidates", candidates, 1, 2**31)
     if len(boxes) == 0 or len(anchors) == 0:
         return torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    boxes = boxes.to(anchors.dtype)
     overlaps = box_iou(boxes, anchors)  # (M, A)
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     distances = torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, centres, compute_mode="donot_use_mm_for_euclid_dist")

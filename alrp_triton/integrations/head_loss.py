@@ -13,7 +13,13 @@ from ..balance import SelfBalance, balance_by_value
 from ..boxes import TAU, giou_localisation_error
 from ..checks import check_integer, check_number, check_tensor
 from ..dispatch import Backend
-from ..distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size
+from ..distributed import (
+    GradientReduction,
+    ProcessGroup,
+    check_gradient_reduction,
+    name_and_size,
+    tells_the_others,
+)
 from ..functional import DELTA, DELTA_RS
 from ..modules import ALRPLoss, APLoss, RankSortLoss
 
@@ -65,7 +71,7 @@ class HeadLoss(nn.Module):
     ============ ======================================= =================================================
 
     The state of the self-balancing is in the ``state_dict``: save it with the checkpoint. It goes to the device of the
-    logits by itself. Where gradients are disabled, as in a validation loss, it records nothing.
+    logits by itself. It records nothing in ``eval`` mode, nor where gradients are disabled, as for a validation loss.
 
     Args:
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
@@ -149,11 +155,9 @@ class HeadLoss(nn.Module):
         Raises:
             TypeError, ValueError: as the losses do; boxes that are not ``(P, 4)``, or lack deltas that are needed.
         """
-        self._check(boxes)
-        wide = [None if each is None else at_least_float32(each) for each in boxes]
-        boxes = Boxes(*wide)  # pyright: ignore[reportArgumentType]
+        boxes = _checked(boxes, self.box_loss, process_group=self.criterion.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
-        errors = self._box_errors(boxes)
+        errors = _box_errors(boxes, self.box_loss)
         if isinstance(self.criterion, ALRPLoss):
             ranked = self.criterion(logits, targets, giou_localisation_error(errors, self.tau))
             return self._weighted(ranked.classification, ranked.localisation)
@@ -164,14 +168,6 @@ class HeadLoss(nn.Module):
         ranked = self.criterion(logits, targets, ious)
         scores = _positive_scores(logits.detach(), targets, errors.numel())
         return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
-
-    def _box_errors(self, boxes: Boxes) -> Tensor:
-        if self.box_loss == "giou":
-            return generalized_box_iou_loss(boxes.predicted, boxes.target.detach())
-        if boxes.deltas is None or boxes.target_deltas is None:
-            raise ValueError("box_loss 'smooth_l1' needs deltas and target_deltas of the positives, got None")
-        target = boxes.target_deltas.detach()
-        return smooth_l1_loss(boxes.deltas, target, beta=_SMOOTH_L1_BETA, reduction="none").sum(-1)
 
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """The weighted mean over the positives of all processes; the gradient is that of this process' own part."""
@@ -190,24 +186,16 @@ class HeadLoss(nn.Module):
         if self.balance is not None:
             if self.balance.weight.device != classification.device:
                 self.balance.to(classification.device)
-            self.balance.train(torch.is_grad_enabled())
+            self.balance.train(self.training and torch.is_grad_enabled())
             weighted = self.balance(classification, box)
+            self.box_weight = self.balance.weight.clone()
         elif self.constant_weight is not None:
             weighted = box * self.constant_weight
+            self.box_weight = torch.full_like(box.detach(), self.constant_weight)
         else:
             weighted = balance_by_value(classification, box)
-        self.box_weight = (weighted / torch.where(box == 0, 1.0, box)).detach()
+            self.box_weight = torch.where(box == 0, 1.0, weighted / box).detach()
         return HeadLosses(classification, weighted)
-
-    def _check(self, boxes: Boxes) -> None:
-        shape = None
-        for name, value in zip(Boxes._fields, boxes, strict=True):
-            if value is None:
-                continue
-            check_tensor(name, value, "floating")
-            shape = value.shape if shape is None else shape
-            if value.ndim != 2 or value.shape[1] != 4 or value.shape != shape:
-                raise ValueError(f"{name} must have shape (P, 4) for P positives, got {tuple(value.shape)}")
 
     def extra_repr(self) -> str:
         return f"loss={self.loss!r}, box_loss={self.box_loss!r}, tau={self.tau}, box_weight={self.constant_weight}"
@@ -229,6 +217,32 @@ class DetectorLoss(nn.ModuleDict):
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision made float32: it would round the corners of boxes to whole pixels, and worse."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@tells_the_others
+def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | None) -> Boxes:
+    """The boxes in one dtype, float32 at least."""
+    dtype, shape = torch.float32, boxes.predicted.shape
+    for name, value in zip(Boxes._fields, boxes, strict=True):
+        if value is not None:
+            check_tensor(name, value, "floating")
+            if value.ndim != 2 or value.shape[1] != 4 or value.shape != shape:
+                raise ValueError(f"{name} must have shape (P, 4) for P positives, got {tuple(value.shape)}")
+            dtype = torch.promote_types(dtype, value.dtype)
+    if box_loss == "smooth_l1" and (boxes.deltas is None or boxes.target_deltas is None):
+        raise ValueError("box_loss 'smooth_l1' needs deltas and target_deltas of the positives, got None")
+    predicted, target, *deltas = (None if value is None else value.to(dtype) for value in boxes)
+    return Boxes(cast("Tensor", predicted), cast("Tensor", target), *deltas)
+
+
+def _box_errors(boxes: Boxes, box_loss: BoxLoss) -> Tensor:
+    """The box loss of each positive, ``(P,)``."""
+    if box_loss == "giou":
+        return generalized_box_iou_loss(boxes.predicted, boxes.target.detach())
+    assert boxes.deltas is not None
+    assert boxes.target_deltas is not None
+    off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=_SMOOTH_L1_BETA, reduction="none")
+    return off.sum(-1)
 
 
 def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

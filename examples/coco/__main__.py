@@ -14,6 +14,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ from .figures import save_detections, save_losses
 from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, train
 
 _TIMEOUT = timedelta(minutes=10)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,45 +51,58 @@ def _parser() -> argparse.ArgumentParser:
     add = of_train.add_argument
     add("--train", default="train", help="name of the part to train on")
     add("--detector", choices=DETECTORS, default="retinanet_resnet50")
-    add("--loss", choices=LEARNING_RATES, default="alrp", help="torchvision: the detector's own")
+    add(
+        "--loss",
+        choices=["alrp", "ap", "rank_sort", "torchvision"],
+        default="alrp",
+        help="torchvision: the detector's own",
+    )
     add("--box-loss", choices=["giou", "smooth_l1", "l1"], help="other than the paper's; l1: with --loss torchvision")
     add("--box-weight", type=float, help="a constant in place of the balance of the loss' paper")
     add("--assignment", choices=["iou", "atss"], default="iou", help="of RetinaNet's anchors")
-    add("--size", type=int, default=500, help="shorter side of the images")
-    add("--batch", type=int, default=32, help="images a step, of all processes together")
+    add("--size", type=_count, default=500, help="shorter side of the images")
+    add("--batch", type=_count, default=32, help="images a step, of all processes together")
     length = of_train.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=100)
-    length.add_argument("--steps", type=int, help="in place of epochs")
+    length.add_argument("--epochs", type=_count, default=100)
+    length.add_argument("--steps", type=_count, help="in place of epochs")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd")
-    add("--lr", type=float, help="default for sgd: that of the loss' paper, times batch / 32; for adamw 1e-3")
+    add("--lr", type=float, help="default for sgd: the published one, times batch / 32; for adamw 1e-3")
     add("--warm-up", type=int, default=500, help="steps")
     add("--schedule", choices=["steps", "cosine"], default="steps")
-    add("--period", type=int, help="of the self-balancing in steps; an epoch by default")
+    add("--period", type=_count, help="of the self-balancing in steps; an epoch by default")
     add("--no-flip", action="store_true", help="do not flip images at random")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    add("--every", type=int, help="steps between evaluations and checkpoints; an epoch by default")
+    add("--every", type=_count, help="steps between evaluations and checkpoints; an epoch by default")
     add("--evaluate-first", action="store_true", help="also before training")
-    add("--init", type=Path, help="a file of weights to begin with, a state_dict such as torchvision's")
+    add("--init", type=Path, help="a file of weights to begin with: a state_dict of the detector or its backbone")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--until", type=int, help="stop at this step, to be resumed")
+    add("--until", type=_count, help="stop at this step, to be resumed")
     add("--goal", type=float, help="exit with status 1 if AP50 ends below")
     commands.add_parser("evaluate", parents=[common])
     return parser
 
 
 def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
-    steps = options.steps or options.epochs * max(len(data) // options.batch, 1)
+    steps = options.steps or options.epochs * (len(data) // options.batch)
     lr = options.lr
-    if lr is None:
-        lr = 1e-3 if options.optimizer == "adamw" else LEARNING_RATES[options.loss] * options.batch / 32
+    if lr is None and options.optimizer == "adamw":
+        lr = 1e-3
+    elif lr is None:
+        published = LEARNING_RATES[options.detector.split("_")[0]]
+        if options.loss not in published:
+            raise ValueError(f"no learning rate is published for {options.detector} and {options.loss}: give --lr")
+        lr = published[options.loss] * options.batch / 32
     same = ("detector", "loss", "box_loss", "box_weight", "assignment", "size", "batch", "optimizer", "warm_up",
             "schedule", "period", "amp", "seed")  # fmt: skip
     return Settings(**{name: getattr(options, name) for name in same}, steps=steps, lr=lr, flip=not options.no_flip)
 
 
 def _load(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(f"{file} holds no weights: {error}") from error
 
 
 class _Evaluation:
@@ -116,6 +137,8 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
     data = CocoDetection(find_split(options.data, options.train), flip=not options.no_flip, seed=options.seed)
     if data.categories != held_out.categories:
         raise ValueError(f"{data.split.annotations} and {held_out.split.annotations} have other categories")
+    if len(data) < options.batch:
+        raise ValueError(f"a batch of {options.batch} images is more than the {len(data)} there are")
     checkpoint = options.out / CHECKPOINT
     if checkpoint.exists() != options.resume:
         wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
@@ -126,10 +149,9 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
         run.load(_load(checkpoint))
     options.out.mkdir(parents=True, exist_ok=True)
     rows = {"before training": evaluation()} if options.evaluate_first else {}
-    every = options.every or max(len(data) // options.batch, 1)
-    rows["after training"] = train(
-        run, options.out, evaluation, every=every, workers=options.workers, until=options.until
-    )
+    every = options.every or len(data) // options.batch
+    found = train(run, options.out, evaluation, every=every, workers=options.workers, until=options.until)
+    rows["after training" if run.step == run.settings.steps else f"step {run.step}"] = found
     if run.rank:
         return 0
     evaluation.write(options.out)
@@ -138,16 +160,21 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
     (options.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     _print(rows, len(held_out))
     print(f"losses.png, detections.png, metrics.json, steps.csv and the checkpoint are in {options.out}/")
-    if options.goal is not None and rows["after training"]["AP50"] < options.goal:
-        print(f"AP50 ended at {rows['after training']['AP50']:.3f}, below {options.goal}", file=sys.stderr)
+    if options.goal is not None and not found["AP50"] >= options.goal:
+        print(f"AP50 ended at {found['AP50']:.3f}, below {options.goal}", file=sys.stderr)
         return 1
     return 0
 
 
 def _evaluate(options: argparse.Namespace, device: torch.device, held_out: CocoDetection) -> int:
     state = _load(options.out / CHECKPOINT)
+    if state["categories"] != held_out.categories:
+        raise ValueError(
+            f"{options.out} was trained on the categories {state['categories']}, not those of {options.data}"
+        )
     run = Run(Settings(**state["settings"]), held_out, device)
-    run.load(state)
+    run.model.load_state_dict(state["model"])
+    run.step = state["step"]
     evaluation = _Evaluation(run, held_out, options.workers)
     found = evaluation()
     if run.rank == 0:

@@ -1,7 +1,8 @@
 """Data sets in COCO format: where they lie, images and targets, and batches that a resumed run sees again."""
 
+import hashlib
 import json
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,9 +75,11 @@ class CocoDetection(Dataset[Sample]):
 
     Attributes:
         categories: names by label; ``category_ids`` their ids in the file.
+        fingerprint: of images, categories and annotations; two data sets that differ have two of them.
 
     Raises:
-        ValueError: the file is not of this format; says what is missing.
+        ValueError: the file is not of this format, says what is wrong; an image of another size than it says (when that
+            is read).
     """
 
     def __init__(self, split: Split, *, flip: bool = False, seed: int = 0) -> None:
@@ -84,34 +87,73 @@ class CocoDetection(Dataset[Sample]):
         try:
             content: dict[str, list[dict[str, Any]]] = json.loads(split.annotations.read_text())
             images, annotations, categories = (content[key] for key in ("images", "annotations", "categories"))
-            categories = sorted(categories, key=lambda category: category["id"])
-            self.category_ids = [int(category["id"]) for category in categories]
-            self.categories = [str(category["name"]) for category in categories]
-            labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
-            self.files = {int(image["id"]): split.images / image["file_name"] for image in images}
-            sizes = {int(image["id"]): (float(image["width"]), float(image["height"])) for image in images}
-            boxes: dict[int, list[list[float]]] = defaultdict(list)
-            of_boxes: dict[int, list[int]] = defaultdict(list)
-            for annotation in annotations:
-                image_id = int(annotation["image_id"])
-                width, height = sizes[image_id]
-                x, y, w, h = (float(number) for number in annotation["bbox"])
-                box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-                if not annotation.get("iscrowd", 0) and box[2] > box[0] and box[3] > box[1]:
-                    boxes[image_id].append(box)
-                    of_boxes[image_id].append(labels[int(annotation["category_id"])])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            self._read_categories(categories)
+            self._read_images(images)
+            self._read_annotations(annotations)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{split.annotations} is no COCO annotation file: {error!r}") from error
         if not self.files:
             raise ValueError(f"{split.annotations} lists no images")
         self.image_ids = sorted(self.files)
+        files = [str(self.files[image_id].relative_to(split.images)) for image_id in self.image_ids]
+        described = json.dumps([self.image_ids, files, self.categories, self.annotations])
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+
+    def _read_categories(self, categories: list[dict[str, Any]]) -> None:
+        by_id = {_whole(category["id"], "id of a category"): str(category["name"]) for category in categories}
+        if len(by_id) < len(categories):
+            raise ValueError("two categories have one id")
+        self.category_ids = sorted(by_id)
+        self.categories = [by_id[category_id] for category_id in self.category_ids]
+
+    def _read_images(self, images: list[dict[str, Any]]) -> None:
+        ids = [_whole(image["id"], "id of an image") for image in images]
+        self.files = {key: self.split.images / one["file_name"] for key, one in zip(ids, images, strict=True)}
+        if len(self.files) < len(images):
+            raise ValueError("two images have one id")
+        self.sizes = {image["id"]: (int(image["width"]), int(image["height"])) for image in images}
+
+    def _read_annotations(self, annotations: list[dict[str, Any]]) -> None:
+        labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        boxes: dict[int, list[list[float]]] = {image_id: [] for image_id in self.files}
+        of_boxes: dict[int, list[int]] = {image_id: [] for image_id in self.files}
+        self.annotations: list[dict[str, Any]] = []
+        for annotation in annotations:
+            image_id, label = annotation["image_id"], labels[annotation["category_id"]]
+            width, height = self.sizes[image_id]
+            x, y, w, h = (float(number) for number in annotation["bbox"])
+            if not all(map(math.isfinite, (x, y, w, h))):
+                raise ValueError(f"bbox {annotation['bbox']}")
+            crowd = int(annotation.get("iscrowd", 0))
+            self.annotations.append(
+                {
+                    "id": len(self.annotations) + 1,  # what counts annotations from 0 would take the first for none
+                    "image_id": image_id,
+                    "category_id": annotation["category_id"],
+                    "bbox": [x, y, w, h],
+                    "area": float(annotation.get("area", w * h)),
+                    "iscrowd": crowd,
+                }
+            )
+            box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
+            if not crowd and box[2] > box[0] and box[3] > box[1]:
+                boxes[image_id].append(box)
+                of_boxes[image_id].append(label)
         self.targets: dict[int, Target] = {
             image_id: {
                 "boxes": torch.tensor(boxes[image_id], dtype=torch.float32).reshape(-1, 4),
                 "labels": torch.tensor(of_boxes[image_id], dtype=torch.int64),
             }
-            for image_id in self.image_ids
+            for image_id in self.files
         }
+
+    @property
+    def truth(self) -> dict[str, list[dict[str, Any]]]:
+        """What to evaluate against: the content of the file, crowds included, with annotations numbered from 1."""
+        images = [{"id": one, "width": width, "height": height} for one, (width, height) in self.sizes.items()]
+        pairs = zip(self.category_ids, self.categories, strict=True)
+        categories = [{"id": category_id, "name": name} for category_id, name in pairs]
+        return {"images": images, "annotations": self.annotations, "categories": categories}
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -120,9 +162,7 @@ class CocoDetection(Dataset[Sample]):
         """A sample by index, or by epoch and index."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image_id = self.image_ids[index]
-        with Image.open(self.files[image_id]) as file:
-            pixels = np.array(file.convert("RGB"))  # (H, W, 3)
-        image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        image = _read_image(self.files[image_id], self.sizes[image_id])
         target = dict(self.targets[image_id])
         if self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             image = image.flip(-1)
@@ -130,6 +170,24 @@ class CocoDetection(Dataset[Sample]):
             width = image.shape[-1]
             target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], 1)
         return Sample(image, target, image_id)
+
+
+def _whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"the {what} is {value!r} and no whole number")
+    return value
+
+
+def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """Pixels ``(3, H, W)`` in 0..1, as they are stored: an orientation noted by a camera is not applied, as in COCO."""
+    with Image.open(path) as file:
+        if file.size != size:
+            raise ValueError(f"{path} has {file.size} pixels, its annotation file says {size}")
+        if file.mode.startswith("I"):  # grey, 16 bits
+            grey = torch.from_numpy(np.array(file, dtype=np.float32) / 65535)
+            return grey.expand(3, -1, -1).clone()
+        pixels = torch.from_numpy(np.array(file.convert("RGB")))  # (H, W, 3)
+    return pixels.permute(2, 0, 1).float() / 255
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):

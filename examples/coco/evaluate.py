@@ -68,14 +68,17 @@ def as_results(detections: Sequence[Detections], data: CocoDetection) -> list[di
 def evaluate(results: Sequence[dict[str, Any]], data: CocoDetection) -> dict[str, float]:
     """COCO's AP (mean over IoU .50 to .95), AP50 and AP75, oLRP and its components: each in 0..1, or NaN."""
     with redirect_stdout(StringIO()):  # the package reports how it builds its index
-        truth = COCO(str(data.split.annotations))
+        truth = COCO(data.truth)
         evaluation = COCOeval_faster(truth, truth.loadRes(list(results)), iouType="bbox") if results else None
         if evaluation is not None:
             evaluation.run()
-    if evaluation is None:  # nothing was found: nothing is true
+    if evaluation is None:  # nothing was found: nothing is true, if there was something to find
         nan = float("nan")
-        return dict.fromkeys(_AVERAGE_PRECISION, 0.0) | {"oLRP": 1.0, "oLRP_loc": nan, "oLRP_FP": nan, "oLRP_FN": 1.0}
-    precision = {name: float(evaluation.stats_as_dict[key]) for name, key in _AVERAGE_PRECISION.items()}
+        none, all_of_it = (0.0, 1.0) if any(not one["iscrowd"] for one in data.annotations) else (nan, nan)
+        missed = {"oLRP": all_of_it, "oLRP_loc": nan, "oLRP_FP": nan, "oLRP_FN": all_of_it}
+        return dict.fromkeys(_AVERAGE_PRECISION, none) | missed
+    stats = {name: float(evaluation.stats_as_dict[key]) for name, key in _AVERAGE_PRECISION.items()}
+    precision = {name: value if value >= 0 else float("nan") for name, value in stats.items()}  # -1: nothing to find
     olrp = coco_olrp(evaluation)
     components = {"": olrp.lrp, "_loc": olrp.localisation, "_FP": olrp.false_positive, "_FN": olrp.false_negative}
     return precision | {f"oLRP{name}": float(value) for name, value in components.items()}

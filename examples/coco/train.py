@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from alrp_triton.integrations.head_loss import DetectorLoss
@@ -27,8 +26,13 @@ CHECKPOINT = "checkpoint.pt"
 STEPS_CSV = "steps.csv"
 EVALUATIONS_CSV = "evaluations.csv"
 
-LEARNING_RATES = {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.008, "torchvision": 0.02}
-"""Of SGD at 32 images a step: those of the papers for RetinaNet, and focal loss' usual one."""
+LEARNING_RATES = {
+    "retinanet": {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.016, "torchvision": 0.02},
+    "fcos": {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.016, "torchvision": 0.02},
+    "fasterrcnn": {"alrp": 0.012, "rank_sort": 0.024, "torchvision": 0.04},
+}
+"""Of SGD at 32 images a step, by detector and loss: those of the papers (docs/recipes.md; for FCOS those of FoveaBox
+and ATSS), and torchvision's own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Run:
         settings: what to do.
         data: to train on.
         device: where.
-        init: weights to begin with, of the whole model or some of its parts; what has another shape is left out.
+        init: weights to begin with, of the whole model, some of its parts, or its backbone alone; what has another
+            shape is left out, and how much is taken is printed.
     """
 
     def __init__(
@@ -91,18 +96,27 @@ class Run:
         self.detector: Detector = DETECTORS[settings.detector](len(data.categories), settings.size)
         model = self.detector.model
         if init is not None:
-            own = model.state_dict()
-            fits = {name: value for name, value in init.items() if name in own and own[name].shape == value.shape}
-            if not fits:
-                raise ValueError("none of the initial weights has a name and shape of this detector")
-            model.load_state_dict(own | fits)
+            self._begin_with(model, init)
         self.model = model.to(device)
         self.losses = self._put_in_loss()
         self.optimizer = self._make_optimizer()
-        self.schedule = LambdaLR(self.optimizer, self._lr_factor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.step = 0
         self.wrapped = self._wrap()
+
+    def _begin_with(self, model: nn.Module, init: dict[str, Tensor]) -> None:
+        """Takes what fits by name and shape; a backbone's weights may lack the prefix that they have in a detector."""
+        own = model.state_dict()
+        fits: dict[str, Tensor] = {}
+        for prefix in ("", "backbone.", "backbone.body."):
+            named = {prefix + name: value for name, value in init.items()}
+            of_prefix = {name: value for name, value in named.items() if name in own and own[name].shape == value.shape}
+            fits = max(fits, of_prefix, key=len)
+        if not fits:
+            raise ValueError("none of the initial weights has a name and shape of this detector")
+        model.load_state_dict(own | fits)
+        if self.rank == 0:
+            print(f"begins with {len(fits)} of {len(init)} given tensors, of the detector's {len(own)}")
 
     def _put_in_loss(self) -> DetectorLoss:
         settings = self.settings
@@ -129,12 +143,14 @@ class Run:
             return torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
 
-    def _lr_factor(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / (self.settings.warm_up + 1))
-        done = step / self.settings.steps
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        warm = min(1.0, (self.step + 1) / (self.settings.warm_up + 1))
+        done = self.step / self.settings.steps
         if self.settings.schedule == "cosine":
-            return warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-        return warm * (0.1 if done >= 0.75 else 1.0) * (0.1 if done >= 0.95 else 1.0)
+            return self.settings.lr * (warm * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+        return self.settings.lr * warm * (0.1 if done >= 0.75 else 1.0) * (0.1 if done >= 0.95 else 1.0)
 
     def _wrap(self) -> nn.Module:
         if self.processes == 1:
@@ -168,11 +184,12 @@ class Run:
         with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
             losses: dict[str, Tensor] = self.wrapped(images, targets)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()  # no clipping of gradients
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self.step += 1
         values = {name: loss.item() for name, loss in losses.items()} | {"total": total.item()}
         return values | {f"weight_{name}": part.box_weight.item() for name, part in self.losses.items()}
@@ -185,8 +202,8 @@ class Run:
             "model": self.model.state_dict(),
             "losses": self.losses.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "data": self.data.fingerprint,
             "categories": self.data.categories,
         }
 
@@ -194,19 +211,18 @@ class Run:
         """Goes on from a checkpoint.
 
         Raises:
-            ValueError: it is of other settings or categories; nothing has changed then.
+            ValueError: it is of other settings or data; nothing has changed then.
         """
         ours, theirs = asdict(self.settings), state["settings"]
         other = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
         if other:
             said = ", ".join(f"{name} {before} (now {now})" for name, (before, now) in other.items())
             raise ValueError(f"the checkpoint is of a run with other settings: {said}")
-        if state["categories"] != self.data.categories:
-            raise ValueError("the checkpoint is of a data set with other categories")
+        if state["data"] != self.data.fingerprint:
+            raise ValueError(f"the checkpoint is of a run on other data than {self.data.split.annotations}")
         self.model.load_state_dict(state["model"])
         self.losses.load_state_dict(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
@@ -271,9 +287,9 @@ def train(
     with bar:
         for batch in run.batches(end, workers) if run.step < end else ():
             loaded = time.perf_counter()
-            lr = float(run.schedule.get_last_lr()[0])
+            lr = run.lr
             values = run.take_step(batch)
-            if not math.isfinite(values["total"]) and not run.scaler.is_enabled():
+            if not math.isfinite(values["total"]):  # which no loss scaling causes: that may overflow gradients alone
                 raise FloatingPointError(f"the loss of step {run.step} is {values['total']}: {values}")
             now = time.perf_counter()
             if logs:

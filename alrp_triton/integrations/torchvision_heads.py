@@ -1,0 +1,273 @@
+"""What stands in for the losses of torchvision's heads; :mod:`alrp_triton.integrations.torchvision` puts it in."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
+
+from ..checks import check_values
+from .atss import CANDIDATES, atss_match
+from .head_loss import Boxes, HeadLoss, at_least_float32
+
+Target = dict[str, Tensor]
+
+_STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
+_IGNORED = -1
+_UNIT = 1024.0  # side of the anchor that relative boxes are decoded with; large, for box losses add an epsilon to areas
+
+
+class Head:
+    """Stands in for some methods of a detector's part. Copied and pickled with it, for they are its attributes.
+
+    ``methods`` are those; where one does not do the whole work itself it calls what was there before: the method of the
+    part's class, or one that its user had set.
+    """
+
+    methods: tuple[str, ...]
+
+    def __init__(self, name: str, part: Any, loss: HeadLoss) -> None:
+        self.name, self.part, self.loss = name, part, loss
+        self.former: dict[str, Any] = {}
+
+    def put_in(self) -> None:
+        self.former = {method: vars(self.part)[method] for method in self.methods if method in vars(self.part)}
+        for method in self.methods:
+            setattr(self.part, method, getattr(self, method))
+
+    def take_out(self) -> None:
+        for method in self.methods:
+            delattr(self.part, method)
+        for method, value in self.former.items():
+            setattr(self.part, method, value)
+
+    def original(self, method: str, *arguments: Any) -> Any:
+        if method in self.former:
+            return self.former[method](*arguments)
+        return getattr(type(self.part), method)(self.part, *arguments)
+
+
+class DenseHead(Head):
+    """A head that predicts at every anchor of every level."""
+
+    def losses(
+        self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]  # (B, A, C), (B, A, 4)
+        matches = torch.stack(matched)  # (B, A)
+        positive = matches >= 0
+        _check_labels(targets, logits.shape[-1])
+        # In the order of the anchors, image after image: that of the positives.
+        of_positives = [
+            (target["boxes"][match[match >= 0]], target["labels"][match[match >= 0]])
+            for target, match in zip(targets, matched, strict=True)
+        ]
+        boxes, labels = (torch.cat(each) for each in zip(*of_positives, strict=True))
+        classes = torch.full_like(matches, logits.shape[-1])  # background
+        classes[matches == Matcher.BETWEEN_THRESHOLDS] = _IGNORED
+        classes[positive] = labels.to(classes.dtype)
+        # Under autocast the coder would round anchors to the dtype of the deltas.
+        own = at_least_float32(deltas[positive])
+        out = self.loss(logits, classes, self.boxes(own, torch.stack(anchors)[positive], boxes.to(own.dtype)))
+        return {"classification": out.classification, "bbox_regression": out.box}
+
+    def boxes(self, deltas: Tensor, anchors: Tensor, targets: Tensor) -> Boxes:
+        raise NotImplementedError
+
+
+class RetinaNetHead(DenseHead):
+    """In place of focal loss and L1, with the matches that the model found or those of ATSS."""
+
+    methods = ("compute_loss", "forward")
+
+    def __init__(self, name: str, part: Any, loss: HeadLoss, atss: bool) -> None:
+        super().__init__(name, part, loss)
+        self.atss = atss
+        self.locations: list[int] = []
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        self.locations = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        return self.original("forward", features)
+
+    def compute_loss(
+        self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
+    ) -> dict[str, Tensor]:
+        if self.atss:
+            at_location = len(anchors[0]) // sum(self.locations)
+            levels = [count * at_location for count in self.locations]
+            matched_idxs = [
+                atss_match(target["boxes"], of_image, levels, CANDIDATES * at_location)
+                for target, of_image in zip(targets, anchors, strict=True)
+            ]
+        return self.losses(targets, head_outputs, anchors, matched_idxs)
+
+    def boxes(self, deltas: Tensor, anchors: Tensor, targets: Tensor) -> Boxes:
+        coder: BoxCoder = self.part.regression_head.box_coder
+        return _decoded(coder, deltas, coder.encode_single(targets, anchors), anchors)
+
+
+class FCOSHead(DenseHead):
+    """In place of focal, GIoU and centre-ness loss; scores are those of the classes alone."""
+
+    methods = ("compute_loss", "forward")
+
+    def put_in(self) -> None:
+        super().put_in()
+        self.trained = [parameter for parameter in self._centreness() if parameter.requires_grad]
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
+
+    def take_out(self) -> None:
+        super().take_out()
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+
+    def _centreness(self) -> list[nn.Parameter]:
+        return list(self.part.regression_head.bbox_ctrness.parameters())
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        outputs = self.original("forward", features)
+        # Certainly in the centre: torchvision multiplies scores by the sigmoid of it.
+        outputs["bbox_ctrness"] = torch.full_like(outputs["bbox_ctrness"], math.inf)
+        return outputs
+
+    def compute_loss(
+        self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
+    ) -> dict[str, Tensor]:
+        return self.losses(targets, head_outputs, anchors, matched_idxs)
+
+    def boxes(self, deltas: Tensor, anchors: Tensor, targets: Tensor) -> Boxes:
+        coder: BoxLinearCoder = self.part.box_coder
+        return Boxes(coder.decode(deltas, anchors), targets, deltas, coder.encode(anchors, targets))
+
+
+class RegionProposalNetwork(Head):
+    """In place of the binary cross entropy and smooth L1 of sampled anchors: all that are not ignored."""
+
+    methods = ("compute_loss",)
+
+    def __init__(self, name: str, part: Any, loss: HeadLoss, weight: float) -> None:
+        super().__init__(name, part, loss)
+        self.weight = weight
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        marks = torch.cat(labels)  # 1, 0, and -1 ignored
+        positive = marks >= 1
+        targets = torch.cat(regression_targets)[positive]
+        boxes = _decoded(self.part.box_coder, at_least_float32(pred_bbox_deltas[positive]), targets)
+        out = self.loss(objectness.flatten(), marks, boxes)
+        return out.classification * self.weight, out.box * self.weight
+
+
+class RoIHeads(Head):
+    """In place of cross entropy and smooth L1 of the box head, on all proposals; scores by a sigmoid for each class."""
+
+    methods = (
+        "forward",
+        "add_gt_proposals",
+        "subsample",
+        "select_training_samples",
+        "postprocess_detections",
+    )
+
+    def __init__(self, name: str, part: Any, loss: HeadLoss) -> None:
+        super().__init__(name, part, loss)
+        self.samples: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[Target] | None = None,
+    ) -> tuple[list[Target], dict[str, Tensor]]:
+        # torchvision computes its own losses inside, by a function that cannot be replaced for one model. They cost
+        # little beside pooling, are dropped here, and ours are made of what the predictor gave.
+        predictions: list[tuple[Tensor, Tensor]] = []
+
+        def keep(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+            predictions.append(outputs)
+
+        hook = self.part.box_predictor.register_forward_hook(keep)
+        try:
+            detections, losses = self.original("forward", features, proposals, image_shapes, targets)
+        finally:
+            hook.remove()
+        if self.part.training:
+            losses["loss_classifier"], losses["loss_box_reg"] = self.losses(*predictions[0])
+        return detections, losses
+
+    def losses(self, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.samples is not None
+        labels, targets = self.samples
+        self.samples = None
+        logits = logits[:, 1:]  # without the background
+        positive = labels > 0
+        classes = torch.where(positive, labels - 1, logits.shape[1])
+        own = at_least_float32(deltas.unflatten(1, (-1, 4))[positive, labels[positive]])  # a box for each class
+        out = self.loss(logits, classes, _decoded(self.part.box_coder, own, targets[positive]))
+        return out.classification, out.box
+
+    def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
+        return list(proposals)
+
+    def subsample(self, labels: list[Tensor]) -> list[Tensor]:
+        return [torch.where(label >= 0)[0] for label in labels]  # all but the ignored
+
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[Target] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        selected = self.original("select_training_samples", proposals, targets)
+        self.samples = torch.cat(selected[2]), torch.cat(selected[3])
+        return selected
+
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """torchvision's, with the sigmoid of each class in place of the softmax.
+
+        The softmax of the logarithms of a distribution is that distribution. So give it the sigmoids, divided by their
+        number, with what is missing to 1 as background, and multiply the scores again.
+        """
+        count = max(class_logits.shape[1] - 1, 1)
+        scores = at_least_float32(class_logits[:, 1:]).sigmoid() / count
+        rest = (1 - scores.sum(1, keepdim=True)).clamp(min=0)
+        logarithms = torch.cat([rest, scores], 1).log()
+        threshold = self.part.score_thresh
+        self.part.score_thresh = threshold / count
+        try:
+            boxes, found, labels = self.original(
+                "postprocess_detections", logarithms, box_regression, proposals, image_shapes
+            )
+        finally:
+            self.part.score_thresh = threshold
+        return boxes, [(score * count).clamp(max=1) for score in found], labels
+
+
+def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Tensor | None = None) -> Boxes:
+    """Boxes of deltas relative to their anchors, or to one anchor in place of all.
+
+    Overlaps do not depend on where a pair of boxes is, nor on their unit, so where torchvision does not hand over the
+    anchors, any other gives the same localisation error.
+    """
+    target_deltas = target_deltas.to(deltas.dtype)
+    if anchors is None:
+        anchors = deltas.new_tensor([0.0, 0.0, _UNIT, _UNIT]).expand(len(deltas), 4)
+    unlimited = BoxCoder(coder.weights, bbox_xform_clip=math.inf)  # a true box may be of any size
+    predicted, target = coder.decode_single(deltas, anchors), unlimited.decode_single(target_deltas, anchors)
+    scale = deltas.new_tensor(_STANDARD) / deltas.new_tensor(cast("tuple[float, ...]", coder.weights))
+    return Boxes(predicted, target, deltas * scale, target_deltas * scale)
+
+
+def _check_labels(targets: list[Target], classes: int) -> None:
+    """ValueError where a label is no class of the head; on a GPU an asynchronous device assertion."""
+    labels = torch.cat([target["labels"] for target in targets])
+
+    def error() -> ValueError:
+        seen = labels[(labels < 0) | (labels >= classes)].unique().tolist()
+        return ValueError(f"labels of targets must be in 0..{classes - 1}, the classes of the head, got {seen}")
+
+    check_values(((labels >= 0) & (labels < classes)).all(), error, "labels of targets must be classes of the head")
