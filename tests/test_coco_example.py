@@ -297,6 +297,12 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "step 2" in capsys.readouterr().out
     assert cli(monkeypatch, "train", *common, *small) == 2
     assert "--resume it, or take another --out" in capsys.readouterr().err
+    # What is resumed has its settings from the checkpoint; the first evaluation is not forgotten.
+    assert cli(monkeypatch, "train", *common, "--resume", "--batch", "4") == 0
+    assert {"before training", "after training"} < set(json.loads((out / "metrics.json").read_text()))
+    assert cli(monkeypatch, "train", *common, "--resume", "--batch", "8", "--no-flip") == 2
+    assert "other settings: batch 4 (now 8), flip True (now False)" in capsys.readouterr().err
+    assert [row["step"] for row in rows(out / "evaluations.csv")] == ["0", "1", "2"]
     # Weights to begin with, in a file: those of a run are a detector's.
     torch.save(torch.load(out / "checkpoint.pt", weights_only=True)["model"], tmp_path / "weights.pt")
     other = [*common[:2], "--out", str(tmp_path / "other"), *common[4:], *small]
@@ -318,6 +324,32 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other[3] = str(tmp_path / "third")
     assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 2
     assert "none of the initial weights" in capsys.readouterr().err
+
+
+def test_errors_of_options(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Each before anything is written."""
+    common = ["train", "--data", str(scenes), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for options, words in (
+        (["--batch", "99"], "a batch of 99 images is more than the 14 there are"),
+        (["--loss", "torchvision", "--assignment", "atss", "--batch", "2"], "--assignment atss needs a ranking loss"),
+        (["--loss", "ap", "--detector", "fasterrcnn_resnet50", "--batch", "2"], "give --lr"),
+        (["--resume"], "there is none to --resume"),
+        (["--init", str(tmp_path / "none.pt"), "--batch", "2"], "there is no file"),
+    ):
+        assert cli(monkeypatch, *common, *options) == 2
+        assert words in capsys.readouterr().err
+    for options in (["--steps", "0"], ["--epochs", "0"], ["--every", "-1"], ["--until", "0"], ["--batch", "x"]):
+        with pytest.raises(SystemExit):
+            cli(monkeypatch, *common, *options)
+    assert cli(monkeypatch, "evaluate", *common[1:]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    common[2] = str(tmp_path / "nowhere")
+    assert cli(monkeypatch, *common) == 2
+    assert f"there is no folder {tmp_path}/nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    if not torch.cuda.is_available():
+        assert cli(monkeypatch, *common[:-1], "cuda") == 2
+        assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_errors_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

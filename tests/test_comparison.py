@@ -106,7 +106,7 @@ def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypa
     assert made == [1]
     done = {"settings": asdict(comparison.settings_of("aLRP", 1e-3, 0, 4))}
     (tmp_path / "aLRP-0.001-0-4.json").write_text(json.dumps(done))
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("it was done"))
+    monkeypatch.setattr("subprocess.run", None)  # it was done
     assert comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path) == [done]  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(comparison, "BATCH", 5)
     with pytest.raises(ValueError, match="is of a run with other settings"):
@@ -117,8 +117,15 @@ def test_a_result_file_is_checked_by_repeating(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [run for run in report["comparison"] if run["seed"] == 0]
-    monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "_run_apart", lambda *_: runs)
+
+    def nothing(*arguments: Any) -> None:
+        pass
+
+    def repeated(*arguments: Any) -> list[dict[str, Any]]:
+        return runs
+
+    monkeypatch.setattr(comparison, "write", nothing)
+    monkeypatch.setattr(comparison, "_run_apart", repeated)
     (tmp_path / "x.json").write_text(json.dumps(report))
     assert comparison.check(tmp_path / "x.json", tmp_path)["checked"]["runs"] == 2
     report["tuning"][0]["end"] = {**report["tuning"][0]["end"], "AP": 0.123}

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportIncompatibleMethodOverride=false
 """Ranking heads in MMDetection: real heads of mmdet, against the oracle, with anchors taken one by one.
 
 mmdet asks for the compiled operators of mmcv at import, which these heads do not need to train. Where they are not built

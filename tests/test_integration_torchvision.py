@@ -528,9 +528,9 @@ def test_methods_that_were_set_before() -> None:
     model, calls = retinanet(), [0]
     own = model.head.forward
 
-    def counted(features: list[Tensor]) -> dict[str, Tensor]:
+    def counted(x: list[Tensor]) -> dict[str, Tensor]:
         calls[0] += 1
-        return own(features)
+        return own(x)
 
     model.head.forward = counted
     for loss in ("alrp", "ap"):

@@ -1,5 +1,5 @@
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUntypedClassDecorator=false
-# MMDetection is not installed where types are checked.
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUntypedClassDecorator=false, reportIncompatibleMethodOverride=false
+# MMDetection need not be installed where types are checked; where it is, its heads differ in the types they declare.
 """Ranking losses in MMDetection 3: heads that configs name, for all levels and images of a batch are one ranking.
 
 ::

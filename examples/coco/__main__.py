@@ -3,7 +3,7 @@
 ::
 
     python -m examples.coco train --data DIR --out RUN             a data set laid out like COCO; ends with its AP
-    python -m examples.coco train --data DIR --out RUN --resume    goes on where RUN stopped
+    python -m examples.coco train --data DIR --out RUN --resume    goes on where RUN stopped, with its settings
     torchrun --nproc-per-node 8 -m examples.coco train ...         one ranking over 8 GPUs
     python -m examples.coco evaluate --data DIR --out RUN          evaluates RUN's checkpoint, writes detections.json
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .data import CocoDetection, find_split
+from .data import CocoDetection, StepSampler, find_split
 from .detectors import DETECTORS
 from .evaluate import Detections, as_results, detect, evaluate
 from .figures import save_detections, save_losses
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     of_train = commands.add_parser("train", parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = of_train.add_argument
     add("--train", default="train", help="name of the part to train on")
-    add("--detector", choices=DETECTORS, default="retinanet_resnet50")
+    add("--detector", choices=DETECTORS, default="retinanet_resnet50", help="of torchvision")
     add(
         "--loss",
         choices=["alrp", "ap", "rank_sort", "torchvision"],
@@ -63,19 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=_count, default=500, help="shorter side of the images")
     add("--batch", type=_count, default=32, help="images a step, of all processes together")
     length = of_train.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_count, default=100)
+    length.add_argument("--epochs", type=_count, default=100, help="as published")
     length.add_argument("--steps", type=_count, help="in place of epochs")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="SGD with momentum, as published, or AdamW")
     add("--lr", type=float, help="default for sgd: the published one, times batch / 32; for adamw 1e-3")
     add("--warm-up", type=int, default=500, help="steps")
-    add("--schedule", choices=["steps", "cosine"], default="steps")
-    add("--period", type=_count, help="of the self-balancing in steps; an epoch by default")
+    add("--schedule", choices=["steps", "cosine"], default="steps", help="steps down at 3/4 and 19/20, or a cosine")
+    add("--period", type=_count, help="of the self-balancing in steps; without it an epoch")
     add("--no-flip", action="store_true", help="do not flip images at random")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    add("--every", type=_count, help="steps between evaluations and checkpoints; an epoch by default")
+    add("--every", type=_count, help="steps between evaluations and checkpoints; without it an epoch")
     add("--evaluate-first", action="store_true", help="also before training")
     add("--init", type=Path, help="a file of weights to begin with: a state_dict of the detector or its backbone")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights and batches")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--until", type=_count, help="stop at this step, to be resumed")
     add("--goal", type=float, help="exit with status 1 if AP50 ends below")
@@ -83,8 +84,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(words: Sequence[str]) -> set[str]:
+    """The names of the options that the command line has, other than by default."""
+    parser = _parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # pyright: ignore[reportPrivateUsage]
+    for command in commands.choices.values():
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(words)))
+
+
+def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any]) -> Settings:
+    """The settings of the checkpoint; what the command line says beside them has to be the same."""
+    now = vars(options) | {"flip": not options.no_flip}
+    names = (given | {"flip"} if "no_flip" in given else given) & set(before)
+    other = [f"{name} {before[name]} (now {now[name]})" for name in sorted(names) if before[name] != now[name]]
+    if other:
+        raise ValueError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
+    return Settings(**before)
+
+
 def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
-    steps = options.steps or options.epochs * (len(data) // options.batch)
+    if options.loss == "torchvision" and options.assignment != "iou":
+        raise ValueError(f"--assignment {options.assignment} needs a ranking loss; torchvision's has its own matcher")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    steps = (
+        options.steps
+        or options.epochs * StepSampler(len(data), options.batch, range(0), 0, 0, processes).steps_per_epoch
+    )
     lr = options.lr
     if lr is None and options.optimizer == "adamw":
         lr = 1e-3
@@ -99,6 +126,8 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
 
 
 def _load(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
@@ -134,26 +163,40 @@ def _print(rows: dict[str, dict[str, float]], images: int) -> None:
 
 
 def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDetection) -> int:
-    data = CocoDetection(find_split(options.data, options.train), flip=not options.no_flip, seed=options.seed)
+    data = CocoDetection(find_split(options.data, options.train))
     if data.categories != held_out.categories:
         raise ValueError(f"{data.split.annotations} and {held_out.split.annotations} have other categories")
-    if len(data) < options.batch:
-        raise ValueError(f"a batch of {options.batch} images is more than the {len(data)} there are")
     checkpoint = options.out / CHECKPOINT
     if checkpoint.exists() != options.resume:
         wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
         raise ValueError(f"checkpoint {checkpoint}: {wrong}")
-    run = Run(_settings(options, data), data, device, _load(options.init) if options.init else None)
+    state = _load(checkpoint) if options.resume else None
+    settings = _resumed(options, _given(sys.argv[1:]), state["settings"]) if state else _settings(options, data)
+    data.flip, data.seed = settings.flip, settings.seed
+    run = Run(settings, data, device, _load(options.init) if options.init else None)
+    if run.rank == 0 and settings.steps <= settings.warm_up:
+        print(
+            f"note: the warm-up of {settings.warm_up} steps is as long as the run of {settings.steps}", file=sys.stderr
+        )
     evaluation = _Evaluation(run, held_out, options.workers)
-    if options.resume:
-        run.load(_load(checkpoint))
+    if state:
+        run.load(state)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = {"before training": evaluation()} if options.evaluate_first else {}
-    every = options.every or len(data) // options.batch
-    found = train(run, options.out, evaluation, every=every, workers=options.workers, until=options.until)
-    rows["after training" if run.step == run.settings.steps else f"step {run.step}"] = found
+    every = options.every or len(data) // settings.batch
+    evaluations = train(
+        run,
+        options.out,
+        evaluation,
+        every=every,
+        workers=options.workers,
+        until=options.until,
+        first=options.evaluate_first,
+    )
     if run.rank:
         return 0
+    names = {0: "before training", settings.steps: "after training"}
+    rows = {names.get(step, f"step {step}"): evaluations[step] for step in sorted({min(evaluations), run.step})}
+    found = evaluations[run.step]
     evaluation.write(options.out)
     save_losses(options.out / STEPS_CSV, options.out / "losses.png")
     result = {"settings": run.state()["settings"], "images": len(held_out), "step": run.step, **rows}
@@ -187,6 +230,9 @@ def main() -> int:
     """Train or evaluate; the exit status says whether the goal was reached."""
     options = _parser().parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"error: --device {options.device}: torch sees no GPU here", file=sys.stderr)
+        return 2
     if "LOCAL_RANK" in os.environ:  # started by torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

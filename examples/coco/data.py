@@ -49,6 +49,8 @@ def find_split(root: Path, name: str) -> Split:
     Raises:
         FileNotFoundError: there is no such file or folder, or more than one file; says what was seen.
     """
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
     found = sorted((root / "annotations").glob(f"*{name}*.json"))
     found = [path for path in found if path.name.startswith("instances")] or found
     if len(found) != 1:

@@ -17,7 +17,6 @@ from matplotlib.patches import Rectangle
 
 _SMOOTHING = 20  # steps
 _SHOWN = 12  # images
-_MOST = 10  # detections of an image without ground truth
 
 
 def save_losses(steps: Path, file: Path) -> None:
@@ -49,7 +48,8 @@ def save_losses(steps: Path, file: Path) -> None:
 def save_detections(data: CocoDetection, detections: Sequence[Detections], file: Path) -> None:
     """Draws images with their ground truth (green, dashed) and as many best detections (red, with scores).
 
-    A ranking loss fixes the order of scores, not their level, so each image shows as many detections as it has objects.
+    A ranking loss fixes the order of scores, not their level, so each image shows as many detections as it has objects,
+    crowds not counted.
     """
     figure, grid = plt.subplots(3, _SHOWN // 3, figsize=(12, 9.4), layout="constrained")
     for axes in grid.flat:
@@ -61,7 +61,7 @@ def save_detections(data: CocoDetection, detections: Sequence[Detections], file:
         boxes = sample.target["boxes"].tolist()
         for box in boxes:
             _draw(axes, box, "limegreen", "--")
-        count = len(boxes) or _MOST
+        count = len(boxes)
         rows = zip(*(found[key][:count].tolist() for key in ("boxes", "labels", "scores")), strict=True)
         for box, label, score in rows:
             _draw(axes, box, "red", "-")

@@ -262,7 +262,8 @@ def train(
     every: int,
     workers: int,
     until: int | None = None,
-) -> dict[str, float]:
+    first: bool = False,
+) -> dict[int, dict[str, float]]:
     """Trains to the end, with a progress bar: losses, AP and the self-balancing weight.
 
     Args:
@@ -272,9 +273,10 @@ def train(
         every: steps between two evaluations and checkpoints; there is one at the end in any case.
         workers: processes that load images.
         until: the step to stop at, before the end of the run.
+        first: whether to evaluate before the first step, too.
 
     Returns:
-        The last evaluation.
+        The evaluations by step, those of before a resume included; on other processes than the first, none of these.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite. The checkpoint is of before.
@@ -282,6 +284,15 @@ def train(
     end = run.settings.steps if until is None else min(until, run.settings.steps)
     logs = [Log(out / name, run.step) for name in (STEPS_CSV, EVALUATIONS_CSV)] if run.rank == 0 else []
     found: dict[str, float] = {}
+
+    def look() -> None:
+        nonlocal found
+        found = evaluate()
+        if logs and str(run.step) not in {row["step"] for row in logs[1].rows}:
+            logs[1].add({"step": run.step} | found)
+
+    if run.step == 0 and first:
+        look()
     waited_from = time.perf_counter()
     bar = tqdm(total=run.settings.steps, initial=run.step, desc="training", unit="step", disable=run.rank != 0)
     with bar:
@@ -296,15 +307,18 @@ def train(
                 times = {"seconds": now - loaded, "seconds_loading": loaded - waited_from}
                 logs[0].add({"step": run.step, "lr": lr} | values | times)
             if run.step % every == 0 or run.step == end:
-                found = evaluate()
+                look()
                 if logs:
-                    logs[1].add({"step": run.step} | found)
                     save(run.state(), out / CHECKPOINT)
-            shown = values | {"AP": found.get("AP", math.nan)}
+            shown = values | {name: value for name, value in found.items() if name == "AP"}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if name != "total"}, refresh=False)
             bar.update()
             waited_from = time.perf_counter()
-    return found or evaluate()
+    if not found:  # there was nothing left to do
+        look()
+    return (
+        {int(row["step"]): {name: float(value) for name, value in row.items()} for row in logs[1].rows} if logs else {}
+    )
 
 
 def save(state: dict[str, Any], file: Path) -> None:
