@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
 
 from ..checks import check_values
+from ..distributed import ProcessGroup, tells_the_others
 from .atss import CANDIDATES, atss_match
 from .head_loss import Boxes, HeadLoss, at_least_float32
 
@@ -57,7 +58,8 @@ class DenseHead(Head):
         logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]  # (B, A, C), (B, A, 4)
         matches = torch.stack(matched)  # (B, A)
         positive = matches >= 0
-        _check_labels(targets, logits.shape[-1])
+        all_labels = torch.cat([target["labels"] for target in targets])
+        _check_labels(all_labels, logits.shape[-1], process_group=self.loss.criterion.process_group)
         # In the order of the anchors, image after image: that of the positives.
         of_positives = [
             (target["boxes"][match[match >= 0]], target["labels"][match[match >= 0]])
@@ -262,9 +264,9 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
     return Boxes(predicted, target, deltas * scale, target_deltas * scale)
 
 
-def _check_labels(targets: list[Target], classes: int) -> None:
+@tells_the_others
+def _check_labels(labels: Tensor, classes: int, *, process_group: ProcessGroup | None) -> None:
     """ValueError where a label is no class of the head; on a GPU an asynchronous device assertion."""
-    labels = torch.cat([target["labels"] for target in targets])
 
     def error() -> ValueError:
         seen = labels[(labels < 0) | (labels >= classes)].unique().tolist()
