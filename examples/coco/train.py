@@ -316,9 +316,11 @@ def train(
             waited_from = time.perf_counter()
     if not found:  # there was nothing left to do
         look()
-    return (
-        {int(row["step"]): {name: float(value) for name, value in row.items()} for row in logs[1].rows} if logs else {}
-    )
+    if not logs:
+        return {}
+    return {
+        int(row.pop("step")): {name: float(value) for name, value in row.items()} for row in map(dict, logs[1].rows)
+    }
 
 
 def save(state: dict[str, Any], file: Path) -> None:
