@@ -133,7 +133,7 @@ def render(report: dict[str, Any], name: str) -> str:
 
 
 def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """AP and balance of gradients through training, and the correlation of scores and IoUs; the files written."""
+    """AP and balance of gradients through training, correlation of scores and IoUs, times; the files written."""
     import matplotlib as mpl  # tables do without
 
     mpl.use("Agg")
@@ -176,4 +176,15 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     axes.grid(alpha=0.3, lw=0.4)
     axes.legend(fontsize=8)
     save(figure, "correlation")
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    times = report["times"]["losses"]
+    whole, part = ([of[key][1] for of in times.values()] for key in ("step_ms", "loss_ms"))
+    axes.barh(list(times), whole, color="lightgrey", label="step")
+    bars = axes.barh(list(times), part, color=[colours[loss] for loss in times], label="of it the loss")
+    axes.bar_label(bars, [f"{100 * of['share']:.1f} %" for of in times.values()], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms, median", title="a step, and the share of it that the loss takes, forward + backward")
+    axes.grid(alpha=0.3, axis="x", lw=0.4)
+    save(figure, "times")
     return written

@@ -302,6 +302,10 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"before training", "after training"} < set(json.loads((out / "metrics.json").read_text()))
     assert cli(monkeypatch, "train", *common, "--resume", "--batch", "8", "--no-flip") == 2
     assert "other settings: batch 4 (now 8), flip True (now False)" in capsys.readouterr().err
+    assert cli(monkeypatch, "train", *common, "--resume", "--epochs", "7") == 2
+    assert "other settings: steps 2 (now 21)" in capsys.readouterr().err
+    assert cli(monkeypatch, "train", *common, "--resume", "--init", "x.pt") == 2
+    assert "--init and --resume" in capsys.readouterr().err
     assert [row["step"] for row in rows(out / "evaluations.csv")] == ["0", "1", "2"]
     # Weights to begin with, in a file: those of a run are a detector's.
     torch.save(torch.load(out / "checkpoint.pt", weights_only=True)["model"], tmp_path / "weights.pt")
@@ -332,13 +336,21 @@ def test_errors_of_options(scenes: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for options, words in (
         (["--batch", "99"], "a batch of 99 images is more than the 14 there are"),
         (["--loss", "torchvision", "--assignment", "atss", "--batch", "2"], "--assignment atss needs a ranking loss"),
+        (["--loss", "torchvision", "--box-weight", "2", "--batch", "2"], "--box-weight 2.0 needs a ranking loss"),
         (["--loss", "ap", "--detector", "fasterrcnn_resnet50", "--batch", "2"], "give --lr"),
         (["--resume"], "there is none to --resume"),
         (["--init", str(tmp_path / "none.pt"), "--batch", "2"], "there is no file"),
     ):
         assert cli(monkeypatch, *common, *options) == 2
         assert words in capsys.readouterr().err
-    for options in (["--steps", "0"], ["--epochs", "0"], ["--every", "-1"], ["--until", "0"], ["--batch", "x"]):
+    for options in (
+        ["--steps", "0"],
+        ["--epochs", "0"],
+        ["--every", "-1"],
+        ["--until", "0"],
+        ["--batch", "x"],
+        ["--seed", "-1"],
+    ):
         with pytest.raises(SystemExit):
             cli(monkeypatch, *common, *options)
     assert cli(monkeypatch, "evaluate", *common[1:]) == 2

@@ -95,7 +95,7 @@ def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
         assert [line.split("|")[1].strip() for line in lines[2:]] == ["aLRP", "focal + L1"]
     assert "4 runs of 4 steps of 8 images" in side_by_side.render(report, "run")
     written = side_by_side.draw(report, tmp_path, "x")
-    assert [path.name for path in written] == ["x-curves.png", "x-correlation.png"]
+    assert [path.name for path in written] == ["x-curves.png", "x-correlation.png", "x-times.png"]
     assert all(path.stat().st_size > 5000 for path in written)
 
 

@@ -175,12 +175,13 @@ class HeadLoss(nn.Module):
         sums = torch.stack([total.detach(), weights.sum()])
         name, size = name_and_size(self.criterion.process_group)
         if name:
+            sums = sums.double()  # one dtype on all processes
             group = None if self.criterion.process_group == "world" else self.criterion.process_group
             dist.all_reduce(sums, group=group)
         divisor = torch.where(sums[1] > 0, sums[1], 1.0)
         # DDP will take the mean of the processes' gradients, where their sum is that of the joint loss.
         share = total / divisor * (size if self.criterion.gradient_reduction == "mean" else 1)
-        return sums[0] / divisor + (share - share.detach())
+        return (sums[0] / divisor + (share - share.detach())).to(values.dtype)
 
     def _weighted(self, classification: Tensor, box: Tensor) -> HeadLosses:
         if self.balance is not None:

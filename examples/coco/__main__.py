@@ -30,11 +30,17 @@ from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, train
 _TIMEOUT = timedelta(minutes=10)
 
 
-def _count(text: str) -> int:
+def _from_zero(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return number
+
+
+def _count(text: str) -> int:
+    if _from_zero(text) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--data", type=Path, required=True, help="folder with annotations/*.json and images, as COCO's")
     common.add_argument("--out", type=Path, required=True, help="folder of the run")
     common.add_argument("--val", default="val", help="name of the part to evaluate on (default %(default)s)")
-    common.add_argument("--workers", type=int, default=2, help="processes that load images (default %(default)s)")
+    common.add_argument(
+        "--workers", type=_from_zero, default=2, help="processes that load images (default %(default)s)"
+    )
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     of_train = commands.add_parser("train", parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = of_train.add_argument
@@ -68,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=_count, help="in place of epochs")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="SGD with momentum, as published, or AdamW")
     add("--lr", type=float, help="default for sgd: the published one, times batch / 32; for adamw 1e-3")
-    add("--warm-up", type=int, default=500, help="steps")
+    add("--warm-up", type=_from_zero, default=500, help="steps")
     add("--schedule", choices=["steps", "cosine"], default="steps", help="steps down at 3/4 and 19/20, or a cosine")
     add("--period", type=_count, help="of the self-balancing in steps; without it an epoch")
     add("--no-flip", action="store_true", help="do not flip images at random")
@@ -76,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--every", type=_count, help="steps between evaluations and checkpoints; without it an epoch")
     add("--evaluate-first", action="store_true", help="also before training")
     add("--init", type=Path, help="a file of weights to begin with: a state_dict of the detector or its backbone")
-    add("--seed", type=int, default=0, help="of weights and batches")
+    add("--seed", type=_from_zero, default=0, help="of weights and batches")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--until", type=_count, help="stop at this step, to be resumed")
     add("--goal", type=float, help="exit with status 1 if AP50 ends below")
@@ -94,10 +102,15 @@ def _given(words: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_args(words)))
 
 
-def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any]) -> Settings:
+def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any], images: int) -> Settings:
     """The settings of the checkpoint; what the command line says beside them has to be the same."""
+    if "init" in given:
+        raise ValueError("--init and --resume are two beginnings: give one")
     now = vars(options) | {"flip": not options.no_flip}
-    names = (given | {"flip"} if "no_flip" in given else given) & set(before)
+    if "epochs" in given:
+        now["steps"] = options.epochs * (images // before["batch"])
+    same = {"no_flip": "flip", "epochs": "steps"}
+    names = {same.get(name, name) for name in given} & set(before)
     other = [f"{name} {before[name]} (now {now[name]})" for name in sorted(names) if before[name] != now[name]]
     if other:
         raise ValueError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
@@ -107,11 +120,11 @@ def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any
 def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
     if options.loss == "torchvision" and options.assignment != "iou":
         raise ValueError(f"--assignment {options.assignment} needs a ranking loss; torchvision's has its own matcher")
+    if options.loss == "torchvision" and options.box_weight is not None:
+        raise ValueError(f"--box-weight {options.box_weight} needs a ranking loss; torchvision's weighs its own")
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    steps = (
-        options.steps
-        or options.epochs * StepSampler(len(data), options.batch, range(0), 0, 0, processes).steps_per_epoch
-    )
+    sampler = StepSampler(len(data), options.batch, range(0), options.seed, 0, processes)
+    steps = options.steps or options.epochs * sampler.steps_per_epoch
     lr = options.lr
     if lr is None and options.optimizer == "adamw":
         lr = 1e-3
@@ -171,7 +184,10 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
         wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
         raise ValueError(f"checkpoint {checkpoint}: {wrong}")
     state = _load(checkpoint) if options.resume else None
-    settings = _resumed(options, _given(sys.argv[1:]), state["settings"]) if state else _settings(options, data)
+    if state:
+        settings = _resumed(options, _given(sys.argv[1:]), state["settings"], len(data))
+    else:
+        settings = _settings(options, data)
     data.flip, data.seed = settings.flip, settings.seed
     run = Run(settings, data, device, _load(options.init) if options.init else None)
     if run.rank == 0 and settings.steps <= settings.warm_up:
