@@ -164,11 +164,13 @@ def rows(file: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(stream)]
 
 
-@pytest.mark.parametrize("loss", ["alrp", "rank_sort", "torchvision"])
-def test_a_resumed_run_ends_at_the_same_weights(loss: str, scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss", "amp"), [("alrp", "off"), ("rank_sort", "bf16"), ("torchvision", "off"), ("alrp", "fp16")]
+)
+def test_a_resumed_run_ends_at_the_same_weights(loss: str, amp: str, scenes: Path, tmp_path: Path) -> None:
     """Weights, self-balancing and log, bitwise; interrupted between two checkpoints, too."""
     data = CocoDetection(find_split(scenes, "train"), flip=True)
-    settings = replace(SMALL, loss=loss)
+    settings = replace(SMALL, loss=loss, amp=amp)
 
     def go(out: Path, until: int | None) -> Run:
         run = Run(settings, data, CPU)
@@ -190,14 +192,16 @@ def test_a_resumed_run_ends_at_the_same_weights(loss: str, scenes: Path, tmp_pat
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     for key, value in whole.losses.state_dict().items():
         assert torch.equal(value, resumed.losses.state_dict()[key]), key
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
+    assert (1 < whole.scaler.get_scale() < 2**16) == (amp == "fp16")  # the first steps overflow
     for name in ("steps.csv", "evaluations.csv"):
         assert rows(tmp_path / "whole" / name) == rows(tmp_path / "parts" / name)
     assert [row["step"] for row in rows(tmp_path / "whole" / "steps.csv")] == list("123456")
     other = CocoDetection(find_split(scenes, "val"))
     with pytest.raises(ValueError, match=r"the checkpoint is of a run on other data than .*instances_val\.json"):
-        Run(replace(SMALL, loss=loss), other, CPU).load(state)
+        Run(replace(SMALL, loss=loss, amp=amp), other, CPU).load(state)
     with pytest.raises(ValueError, match=r"other settings: lr 0.003 \(now 1.0\)"):
-        Run(replace(SMALL, loss=loss, lr=1.0), data, CPU).load(state)
+        Run(replace(SMALL, loss=loss, amp=amp, lr=1.0), data, CPU).load(state)
 
 
 def test_random_numbers_are_those_of_the_step(scenes: Path) -> None:
