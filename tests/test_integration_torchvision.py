@@ -317,6 +317,11 @@ def test_box_head_detects_by_sigmoid() -> None:
     assert_near(found[1][0], scores[order], 1e-5)
     assert torch.equal(found[0][0], boxes[order])
     assert torch.equal(found[2][0], labels[order])
+    half = logits.bfloat16()  # as under autocast
+    rounded = half.float()[:, 1:].sigmoid().flatten()
+    scores = heads.postprocess_detections(half, deltas, proposals, [(SIZE, SIZE)])[1][0]
+    assert len(scores) > 20
+    assert all((rounded - score).abs().min() < 1e-6 for score in scores)
 
 
 def test_atss_assignment() -> None:
