@@ -245,7 +245,6 @@ def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Pa
 def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
     """The whole comparison."""
     run = describe_run(CPU)
-    begin = time.perf_counter()
     final, other = work / "scenes-0", work / "scenes-1"
     for seed, folder in enumerate((final, other)):
         if not folder.exists():
@@ -267,7 +266,6 @@ def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
     return {
         "run": run,
         "command": "python -m bench.comparison",
-        "seconds": time.perf_counter() - begin,
         "comparison": runs,
         "tuning": tuned,
         "times": times,

@@ -14,7 +14,7 @@ from . import endurance, side_by_side
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .problems import HEADLINE
 from .run import ROOT
-from .tables import number, table
+from .tables import commit, number, table
 from .timing import Row, exponents
 
 PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md", "docs/comparison.md")
@@ -31,11 +31,10 @@ def rows_of(report: dict[str, Any], group: str | None = None) -> list[Row]:
 
 def _conditions(report: dict[str, Any]) -> str:
     run, settings = report["run"], report["settings"]
-    commit = f"commit {run['commit'][:10]}" if run["commit"] else "no commit"
     return (
         f"{run['device']} ({run['device_type']}; {run['cores']} cores, torch threads: {run['threads']}, load average "
         f"{run['load_average_before']} before the run), torch {run['torch']}, triton {run['triton']}, numba "
-        f"{run['numba']}, Python {run['python']}, {commit}{' with changes' if run['dirty'] else ''}, {run['date']}. "
+        f"{run['numba']}, Python {run['python']}, {commit(run)}. "
         f"Forward + backward of the whole loss, {settings['dtype']}, int64 targets, seed {settings['seed']}; "
         f"{settings['repeats']} turns each, fewer where a contender used up {settings['seconds']:g} s; a size is "
         f"measured again, up to {settings['tries']} times, where a p80 exceeds {settings['steady']:g} times its p20. "

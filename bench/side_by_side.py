@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .tables import number, table
+from .tables import commit, number, table
 
 _METRICS = {
     "AP": "AP",
@@ -102,19 +102,15 @@ def _conditions(report: dict[str, Any]) -> str:
         "one core in all. "
         f"Times: {times['turns']} steps of each loss in turn, at the start of training, 2 threads, "
         f"{times['logits']:,} logits, {times['positives']} positives in the last step. {run['device']}, torch "
-        f"{run['torch']}, {_commit(run)}.{_checked(report)}"
+        f"{run['torch']}, {commit(run)}.{_checked(report)}"
     )
-
-
-def _commit(run: dict[str, Any]) -> str:
-    return f"commit {(run['commit'] or 'none')[:10]}{' with changes' if run['dirty'] else ''}, {run['date']}"
 
 
 def _checked(report: dict[str, Any]) -> str:
     if "checked" not in report:
         return ""
     of = report["checked"]
-    return f" {of['runs']} short runs, one of each loss, repeated at {_commit(of)}: the same figures, bit for bit."
+    return f" {of['runs']} short runs, one of each loss, repeated at {commit(of)}: the same figures, bit for bit."
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

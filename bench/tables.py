@@ -1,11 +1,19 @@
 """Markdown."""
 
+from typing import Any
+
 
 def number(value: float | None) -> str:
     """Three digits, never in exponent form; nothing for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def commit(run: dict[str, Any]) -> str:
+    """Of what code a result is, and when it was made."""
+    of = f"commit {run['commit'][:10]}" if run["commit"] else "no commit"
+    return f"{of}{' with changes' if run['dirty'] else ''}, {run['date']}"
 
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:

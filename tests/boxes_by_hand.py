@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from alrp_triton.integrations.head_loss import Loss
 from reference import dense
 
 Box = Sequence[float]
@@ -64,7 +65,7 @@ def encode(box: Box, anchor: Box, weights: Box) -> list[float]:
     return [delta * weight for delta, weight in zip((dx, dy, *sizes), weights, strict=True)]
 
 
-def losses(loss: Loss, head: Head, tau: float) -> Losses:
+def losses(loss: str, head: Head, tau: float) -> Losses:
     """The losses with the balance of the paper, in the first step."""
     overlaps = [iou_and_giou(positive.predicted, positive.true) for positive in head.positives]
     ious, box_losses = [iou for iou, _ in overlaps], [1 - giou for _, giou in overlaps]
@@ -80,3 +81,39 @@ def losses(loss: Loss, head: Head, tau: float) -> Losses:
     total = out.ranking + out.sorting
     mean = float(np.average(box_losses, weights=[positive.score for positive in head.positives]))
     return Losses(total, total, mean, out.grad_ranking + out.grad_sorting)
+
+
+def differentiable(
+    loss: str,
+    logits: Tensor,
+    marks: ArrayLike,
+    giou_losses: Tensor,
+    deltas_off: Tensor,
+    ious: ArrayLike,
+    scores: Tensor,
+) -> tuple[float, NDArray[np.float64], Tensor]:
+    """The same with a graph from the box loss to the boxes, for tau = 0.5.
+
+    Args:
+        loss: which.
+        logits: of all entries.
+        marks: 1, 0, -1, of all entries.
+        giou_losses: 1 - GIoU of the positives, ``(P,)``.
+        deltas_off: predicted deltas less true ones, in units of their standard deviation, ``(P, 4)``.
+        ious: of the positives.
+        scores: the greatest of each positive's anchor.
+
+    Returns:
+        The classification loss, its gradient in the logits, and the box loss with its balance.
+    """
+    values = logits.detach().numpy()
+    if loss == "alrp":
+        of_alrp = dense.alrp_loss(values, marks, giou_losses.detach().numpy())  # / 2 / (1 - tau), which is 1
+        box = 50 * (giou_losses * torch.from_numpy(of_alrp.grad_box_errors)).sum()
+        return of_alrp.classification, of_alrp.grad_logits, box
+    if loss == "ap":
+        of_ap, distance = dense.ap_loss(values, marks), deltas_off.abs()
+        return of_ap.loss, of_ap.grad_logits, torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum(-1).mean()
+    out = dense.rank_sort_loss(values, marks, ious)
+    total, box = out.ranking + out.sorting, (giou_losses * scores).sum() / scores.sum()
+    return total, out.grad_ranking + out.grad_sorting, box * (total / box.detach())

@@ -38,6 +38,15 @@ settings.register_profile("fuzz", max_examples=20_000, print_blob=True, suppress
 settings.load_profile("ci" if "CI" in os.environ else "some")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that they wait for threads more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE

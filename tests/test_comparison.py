@@ -27,22 +27,20 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(scenes: Path) -> dict[str, Any]:
+def report(scenes: Path, one_thread: None) -> dict[str, Any]:
     """A comparison of two losses and two seeds, a few steps long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "CONTENDERS", {name: comparison.CONTENDERS[name] for name in ("aLRP", "focal + L1")})
         patch.setattr(comparison, "_LOGGED", 2)
-        threads = torch.get_num_threads()
         runs = [
             comparison.train_one(name, 1e-3, seed, 4, scenes) for name in comparison.CONTENDERS for seed in range(2)
         ]
-        torch.set_num_threads(threads)
         times = comparison.time_all(scenes, 2)
     tuning = [
         {"contender": run["contender"], "lr": 1e-3, "end": run["evaluations"][-1]} for run in runs if run["seed"] == 0
     ]
     run = {"device": "x", "torch": "y", "commit": "z", "dirty": False, "date": "now"}
-    return {"run": run, "command": "c", "seconds": 1.0, "comparison": runs, "tuning": tuning, "times": times}
+    return {"run": run, "command": "c", "comparison": runs, "tuning": tuning, "times": times}
 
 
 def test_gradients_are_balanced_by_alrp_and_not_by_focal_loss(report: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.dense import alrp_loss, ap_loss, rank_sort_loss
+from tests.boxes_by_hand import differentiable
 from tests.compare import assert_gradient, assert_near
 
 for _needed in ("mmengine", "mmcv"):
@@ -69,18 +68,12 @@ with warnings.catch_warnings():
 
     from alrp_triton.integrations.mmdet import RankingATSSHead, RankingHeadMixin, RankingRetinaHead
 
-pytestmark = pytest.mark.filterwarnings("ignore:DeprecationWarning. `num_anchors`:UserWarning")  # of mmdet's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:DeprecationWarning. `num_anchors`:UserWarning"),  # of mmdet's own
+    pytest.mark.usefixtures("one_thread"),
+]
 CLASSES, WIDTH, SIZES = 3, 8, [(8, 10), (4, 5)]
 STDS = {"RankingRetinaHead": (1.0, 1.0, 1.0, 1.0), "RankingATSSHead": (0.1, 0.1, 0.2, 0.2)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Heads this small wait for threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, sigmoid: bool = True, /, **ranking_loss: Any) -> Any:
@@ -194,23 +187,11 @@ def test_head_is_the_loss_of_the_whole_batch(name: str, loss: str) -> None:
     assert counts[1] > 5
     assert counts[0] > 100
     assert counts[-1] > 50
-    giou = torch.stack(hand["losses"])
-    values = logits.detach().numpy()
-    if loss == "alrp":
-        oracle = alrp_loss(values, dense, giou.detach().numpy())  # / 2 / (1 - tau), which is 1
-        classification, grad = oracle.classification, oracle.grad_logits
-        box = 50 * (giou * torch.from_numpy(oracle.grad_box_errors)).sum()
-    elif loss == "ap":
-        oracle = ap_loss(values, dense)
-        classification, grad = oracle.loss, oracle.grad_logits
-        distance = (torch.stack(hand["deltas"]) - torch.stack(hand["targets"])).abs()
-        box = torch.where(distance < 1, distance**2 / 2, distance - 0.5).sum(-1).mean()
-    else:
-        oracle = rank_sort_loss(values, dense, hand["iou"])
-        classification, grad = oracle.ranking + oracle.sorting, oracle.grad_ranking + oracle.grad_sorting
-        weight = logits.detach()[(dense == 1).any(-1)].amax(-1).sigmoid()
-        box = (giou * weight).sum() / weight.sum()
-        box = box * (classification / box.detach())
+    off = torch.stack(hand["deltas"]) - torch.stack(hand["targets"])
+    scores_of = logits.detach()[(dense == 1).any(-1)].amax(-1).sigmoid()
+    classification, grad, box = differentiable(
+        loss, logits, dense, torch.stack(hand["losses"]), off, hand["iou"], scores_of
+    )
     assert_near(losses["loss_cls"], classification, 1e-5, "classification")
     assert_near(losses["loss_bbox"], box, 1e-5, "box")
     for each in (*scores, *deltas):

@@ -25,7 +25,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
 from alrp_triton.integrations.atss import atss_match
-from alrp_triton.integrations.head_loss import DetectorLoss, HeadLoss, Loss
+from alrp_triton.integrations.head_loss import Boxes, DetectorLoss, HeadLoss, Loss
 from alrp_triton.integrations.torchvision import ranking_loss_of, remove_ranking_loss, use_ranking_loss
 from alrp_triton.integrations.torchvision_heads import _decoded
 from tests import boxes_by_hand
@@ -516,8 +516,24 @@ def test_true_boxes_of_any_size() -> None:
     anchor, box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[-50.0, -50.0, 51.0, 51.0]])
     deltas = coder.encode_single(box, anchor)
     boxes = _decoded(coder, torch.zeros(1, 4), deltas)
-    assert_near(boxes.target / 1024, box, 1e-5)
-    assert_near(_decoded(coder, deltas * 2, deltas).predicted[0, 2] / 1024, 50.5 * 2 + 0.5 + 62.5 / 2 - 50, 1)
+    assert_near(boxes.target, box, 1e-5)
+    assert_near(_decoded(coder, deltas * 2, deltas).predicted[0, 2], 50.5 * 2 + 0.5 + 62.5 / 2 - 50, 1)
+
+
+@pytest.mark.parametrize("loss", ["alrp", "rank_sort"])
+def test_the_unit_of_boxes_does_not_matter(loss: Loss) -> None:
+    """Pixels, or shares of an image of 4096 pixels, where the area of an object of 4 is a millionth."""
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(60, CLASSES, generator=generator), torch.arange(60) % 7
+    corner = 4000 * torch.rand(int((targets < CLASSES).sum()), 2, generator=generator)
+    true = torch.cat([corner, corner + 4], 1)
+    found = true + torch.randn(true.shape, generator=generator)
+    of = [
+        HeadLoss(loss, period=5)(logits, targets.clamp(max=CLASSES), Boxes(found / unit, true / unit))
+        for unit in (1, 4096)
+    ]
+    assert_near(of[1].classification, of[0].classification, 1e-6)
+    assert_near(of[1].box, of[0].box, 1e-6)
 
 
 def test_frozen_parts_stay_frozen() -> None:

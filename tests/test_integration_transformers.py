@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +25,7 @@ from alrp_triton.integrations import transformers as integration
 from alrp_triton.integrations.transformers import remove_ranking_loss, use_ranking_loss
 
 hf, corners = cast("Any", transformers), cast("Any", center_to_corners_format)
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, QUERIES, WIDTH, LAYERS = 5, 20, 32, 2
 NAMES = ["RTDetr", "RTDetrV2", "DFine", "Deimv2", "DeformableDetr", "ConditionalDetr", "DabDetr", "LwDetr"]
 CLASS_KEYS = ("loss_ce", "loss_vfl", "loss_mal")
@@ -37,15 +37,6 @@ LABELS = [
     {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},  # nothing there
     {"class_labels": torch.tensor([4, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.9, 0.8], [0.4, 0.1, 0.2, 0.1]])},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small wait for threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, **extra: Any) -> Any:

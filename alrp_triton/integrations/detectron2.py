@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_loss import Boxes, HeadLoss, at_least_float32
+from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
 
 try:
     from detectron2.config import CfgNode, configurable
@@ -26,8 +26,6 @@ try:
     from detectron2.utils.events import get_event_storage
 except ImportError as missing:
     raise ImportError("this integration needs detectron2, built for your torch from its repository") from missing
-
-_STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
 
 
 def add_ranking_loss_config(cfg: Any) -> None:
@@ -115,5 +113,5 @@ class RankingRetinaNet(RetinaNet):
         predicted = transform.apply_deltas(deltas, anchors)
         if self.ranking_loss.box_loss == "giou":
             return Boxes(predicted, targets)
-        scale = deltas.new_tensor(_STANDARD) / deltas.new_tensor(transform.weights)
-        return Boxes(predicted, targets, deltas * scale, transform.get_deltas(anchors, targets) * scale)
+        encoded, weights = transform.get_deltas(anchors, targets), transform.weights
+        return Boxes(predicted, targets, in_deviations(deltas, weights), in_deviations(encoded, weights))

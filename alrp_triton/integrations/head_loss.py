@@ -1,7 +1,7 @@
 """What trains one head of a detector: a ranking loss, and the box loss of its paper. Knows boxes, no framework."""
 
 import math
-from collections.abc import ItemsView, ValuesView
+from collections.abc import ItemsView, Sequence, ValuesView
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -34,6 +34,9 @@ BoxLoss = Literal["giou", "smooth_l1"]
 _DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
 _BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
 _SMOOTH_L1_BETA = 1.0  # published, on deltas in units of their standard deviation
+_STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
+# The IoU loss adds 1e-7 to areas: nothing for pixels, but much for a small object in units of the image.
+_UNIT = 1024.0  # a power of 2, so that pixels give the same bits with it and without
 
 
 class HeadLosses(NamedTuple):
@@ -220,6 +223,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def in_deviations(deltas: Tensor, weights: Sequence[float]) -> Tensor:
+    """Deltas in units of their standard deviation, from those of a coder that multiplies by ``weights``."""
+    return deltas * (deltas.new_tensor(_STANDARD) / deltas.new_tensor(weights))
+
+
 @tells_the_others
 def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | None) -> Boxes:
     """The boxes in one dtype, float32 at least."""
@@ -239,7 +247,7 @@ def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | N
 def _box_errors(boxes: Boxes, box_loss: BoxLoss) -> Tensor:
     """The box loss of each positive, ``(P,)``."""
     if box_loss == "giou":
-        return generalized_box_iou_loss(boxes.predicted, boxes.target.detach())
+        return generalized_box_iou_loss(boxes.predicted * _UNIT, boxes.target.detach() * _UNIT)
     assert boxes.deltas is not None
     assert boxes.target_deltas is not None
     off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=_SMOOTH_L1_BETA, reduction="none")

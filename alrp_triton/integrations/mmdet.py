@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_loss import Boxes, HeadLoss, at_least_float32
+from ..targets import IGNORE_INDEX
+from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
 
 try:
     from mmdet.models.dense_heads import AnchorHead, ATSSHead, RetinaHead
@@ -29,9 +30,6 @@ try:
     from mmdet.structures.bbox import cat_boxes, get_box_tensor
 except ImportError as missing:
     raise ImportError("this integration needs mmdet>=3.0 with mmengine and the mmcv that it asks for") from missing
-
-_STANDARD = (0.1, 0.1, 0.2, 0.2)  # standard deviation of the four deltas, as the published heads have them
-_IGNORED = -1
 
 
 class RankingHeadMixin:
@@ -131,7 +129,7 @@ class RankingHeadMixin:
         if not logits.shape[:2] == deltas.shape[:2] == labels.shape == at_anchors.shape[:2]:
             shapes = [tuple(each.shape) for each in (logits, deltas, labels, at_anchors)]
             raise ValueError(f"scores, deltas, labels and anchors must agree in the number of anchors, got {shapes}")
-        labels = torch.where(weights > 0, labels, _IGNORED)
+        labels = torch.where(weights > 0, labels, IGNORE_INDEX)
         positive = (labels >= 0) & (labels < self.num_classes)
         out = self.ranking_loss(
             logits, labels, self._boxes(at_anchors[positive], at_least_float32(deltas[positive]), boxes[positive])
@@ -142,9 +140,9 @@ class RankingHeadMixin:
         predicted = get_box_tensor(self.bbox_coder.decode(anchors, deltas))
         if self.ranking_loss.box_loss == "giou":
             return Boxes(predicted, targets)
-        scale = deltas.new_tensor(self.bbox_coder.stds) / deltas.new_tensor(_STANDARD)
+        weights = [1 / deviation for deviation in self.bbox_coder.stds]
         encoded = self.bbox_coder.encode(anchors, targets)
-        return Boxes(predicted, targets, deltas * scale, encoded * scale)
+        return Boxes(predicted, targets, in_deviations(deltas, weights), in_deviations(encoded, weights))
 
 
 def _flat(levels: list[Tensor], channels: int) -> Tensor:

@@ -62,10 +62,9 @@ def use_ranking_loss(
       left alone. All proposals are used, ground truth is not added to them. Masks and keypoints stay as they are.
 
     Put it in when the model has its heads, and before ``DistributedDataParallel`` and ``torch.compile`` are put around
-    it; take it out before ``torch.jit.script``. To detect, RetinaNet
-    and the RPN work without it; FCOS and the box head of Faster R-CNN need it, for their scores are other ones. A
-    ranking fixes the order of scores and not their level: ``model.score_thresh`` (``model.roi_heads.score_thresh``)
-    may want to be lower.
+    it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it; FCOS and the box head
+    of Faster R-CNN need it, for their scores are other ones. A ranking fixes the order of scores and not their level:
+    ``model.score_thresh`` (``model.roi_heads.score_thresh``) may want to be lower.
 
     Args:
         model: ``RetinaNet``, ``FCOS``, ``FasterRCNN`` or another ``GeneralizedRCNN`` with torchvision's parts.

@@ -9,14 +9,11 @@ from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matche
 
 from ..checks import check_values
 from ..distributed import ProcessGroup, tells_the_others
+from ..targets import IGNORE_INDEX
 from .atss import CANDIDATES, atss_match
-from .head_loss import Boxes, HeadLoss, at_least_float32
+from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
 
 Target = dict[str, Tensor]
-
-_STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
-_IGNORED = -1
-_UNIT = 1024.0  # side of the anchor that relative boxes are decoded with; large, for box losses add an epsilon to areas
 
 
 class Head:
@@ -67,7 +64,7 @@ class DenseHead(Head):
         ]
         boxes, labels = (torch.cat(each) for each in zip(*of_positives, strict=True))
         classes = torch.full_like(matches, logits.shape[-1])  # background
-        classes[matches == Matcher.BETWEEN_THRESHOLDS] = _IGNORED
+        classes[matches == Matcher.BETWEEN_THRESHOLDS] = IGNORE_INDEX
         classes[positive] = labels.to(classes.dtype)
         # Under autocast the coder would round anchors to the dtype of the deltas.
         own = at_least_float32(deltas[positive])
@@ -257,11 +254,11 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
     """
     target_deltas = target_deltas.to(deltas.dtype)
     if anchors is None:
-        anchors = deltas.new_tensor([0.0, 0.0, _UNIT, _UNIT]).expand(len(deltas), 4)
+        anchors = deltas.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(deltas), 4)
     unlimited = BoxCoder(coder.weights, bbox_xform_clip=math.inf)  # a true box may be of any size
     predicted, target = coder.decode_single(deltas, anchors), unlimited.decode_single(target_deltas, anchors)
-    scale = deltas.new_tensor(_STANDARD) / deltas.new_tensor(cast("tuple[float, ...]", coder.weights))
-    return Boxes(predicted, target, deltas * scale, target_deltas * scale)
+    weights = cast("tuple[float, ...]", coder.weights)
+    return Boxes(predicted, target, in_deviations(deltas, weights), in_deviations(target_deltas, weights))
 
 
 @tells_the_others

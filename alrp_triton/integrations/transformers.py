@@ -45,7 +45,6 @@ _FAMILIES = {
 _CLASSIFICATION = {"labels": "loss_ce", "vfl": "loss_vfl", "mal": "loss_mal"}  # and the key of its value
 _GIOU = "loss_giou"
 _GIOU_WEIGHTS = ("giou_loss_coefficient", "weight_loss_giou")  # in configs
-_UNIT = 1024.0  # boxes are relative to the image; scaled, for GIoU adds an epsilon to areas
 
 
 def use_ranking_loss(
@@ -201,5 +200,5 @@ def _ranked(
         classes[image, queries] = target["class_labels"].to(classes.dtype)[objects]
         matched[image, queries] = target["boxes"].to(matched.dtype)[objects]
         positive[image, queries] = True
-    corners = (box_convert(at_least_float32(each[positive]) * _UNIT, "cxcywh", "xyxy") for each in (boxes, matched))
+    corners = (box_convert(at_least_float32(each[positive]), "cxcywh", "xyxy") for each in (boxes, matched))
     return head_loss(logits, classes, Boxes(*corners))

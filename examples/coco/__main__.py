@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .data import CocoDetection, StepSampler, find_split
+from .data import CocoDetection, StepSampler, find_split, rank_and_processes
 from .detectors import DETECTORS
 from .evaluate import Detections, as_results, detect, evaluate
 from .figures import save_detections, save_losses
-from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, train
+from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, check_same, train
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -111,9 +111,7 @@ def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any
         now["steps"] = options.epochs * (images // before["batch"])
     same = {"no_flip": "flip", "epochs": "steps"}
     names = {same.get(name, name) for name in given} & set(before)
-    other = [f"{name} {before[name]} (now {now[name]})" for name in sorted(names) if before[name] != now[name]]
-    if other:
-        raise ValueError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
+    check_same(before, {name: now[name] for name in sorted(names)})
     return Settings(**before)
 
 
@@ -122,8 +120,7 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
         raise ValueError(f"--assignment {options.assignment} needs a ranking loss; torchvision's has its own matcher")
     if options.loss == "torchvision" and options.box_weight is not None:
         raise ValueError(f"--box-weight {options.box_weight} needs a ranking loss; torchvision's weighs its own")
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    sampler = StepSampler(len(data), options.batch, range(0), options.seed, 0, processes)
+    sampler = StepSampler(len(data), options.batch, range(0), options.seed, *rank_and_processes())
     steps = options.steps or options.epochs * sampler.steps_per_epoch
     lr = options.lr
     if lr is None and options.optimizer == "adamw":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -190,6 +191,11 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
             return grey.expand(3, -1, -1).clone()
         pixels = torch.from_numpy(np.array(file.convert("RGB")))  # (H, W, 3)
     return pixels.permute(2, 0, 1).float() / 255
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """Which process this is, and of how many; 0 and 1 without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):

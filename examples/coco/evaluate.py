@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from alrp_triton.metrics import coco_olrp
 
-from .data import CocoDetection, make_loader
+from .data import CocoDetection, make_loader, rank_and_processes
 
 Detections = dict[str, Any]
 """Of one image: ``image_id``, ``boxes`` (K, 4), ``labels`` (K,) from 0, ``scores`` (K,), best first."""
@@ -30,7 +30,7 @@ def detect(
     Returns:
         The detections of all images, in the order of the data set; on the first process, the others get none.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = rank_and_processes()
     was_training = model.training
     model.eval()
     own: list[Detections] = []

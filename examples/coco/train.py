@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from alrp_triton.integrations.head_loss import DetectorLoss
 from alrp_triton.integrations.torchvision import use_ranking_loss
 
-from .data import Batch, CocoDetection, StepSampler, make_loader
+from .data import Batch, CocoDetection, StepSampler, make_loader, rank_and_processes
 from .detectors import DETECTORS, Detector
 
 CHECKPOINT = "checkpoint.pt"
@@ -76,6 +75,13 @@ class Settings:
     seed: int
 
 
+def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError unless the settings of a checkpoint, ``before``, are those that are wanted now."""
+    other = [f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value]
+    if other:
+        raise ValueError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
+
+
 class Run:
     """A detector in training: all of its state, which a checkpoint holds.
 
@@ -91,7 +97,7 @@ class Run:
         self, settings: Settings, data: CocoDetection, device: torch.device, init: dict[str, Tensor] | None = None
     ) -> None:
         self.settings, self.data, self.device = settings, data, device
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.processes = rank_and_processes()
         torch.manual_seed(settings.seed)
         self.detector: Detector = DETECTORS[settings.detector](len(data.categories), settings.size)
         model = self.detector.model
@@ -213,11 +219,7 @@ class Run:
         Raises:
             ValueError: it is of other settings or data; nothing has changed then.
         """
-        ours, theirs = asdict(self.settings), state["settings"]
-        other = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
-        if other:
-            said = ", ".join(f"{name} {before} (now {now})" for name, (before, now) in other.items())
-            raise ValueError(f"the checkpoint is of a run with other settings: {said}")
+        check_same(state["settings"], asdict(self.settings))
         if state["data"] != self.data.fingerprint:
             raise ValueError(f"the checkpoint is of a run on other data than {self.data.split.annotations}")
         self.model.load_state_dict(state["model"])
