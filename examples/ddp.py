@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alrp_triton import ALRPLoss, SelfBalance, localisation_error
 
+from .process_group import process_group
+
 CLASSES, FEATURES, STEPS = 3, 8, 60
 
 
@@ -34,9 +36,8 @@ def batch(generator: torch.Generator, centres: Tensor) -> tuple[Tensor, Tensor]:
     return features + centres[classes], classes
 
 
-def main() -> None:
-    """Train."""
-    dist.init_process_group("gloo")
+def train() -> None:
+    """Train; the default process group is to exist."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     centres = torch.randn(CLASSES + 1, FEATURES, generator=torch.Generator().manual_seed(7)) * 2
     torch.manual_seed(0)
@@ -53,7 +54,12 @@ def main() -> None:
         optimizer.step()
         if dist.get_rank() == 0 and step % 10 in (0, 9):
             print(f"step {step:2d}  1 - precision {out.classification:.3f}  localisation {out.localisation:.3f}")
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Train in a process group of what torchrun started."""
+    with process_group("gloo"):
+        train()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, distributed, rank_sort_loss
+from examples.process_group import process_group
 from tests.compare import assert_near
 
 CLASSES = 3
@@ -317,16 +318,10 @@ if __name__ == "__main__":
     world, store, timeout, *jobs, of_rank = sys.argv[1:]
     rank = int(of_rank.removeprefix("rank="))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=int(world),
-        timeout=timedelta(seconds=float(timeout)),
-    )
-    for job in jobs:
-        globals()[job](rank, int(world))
-        print("done:", job, flush=True)
-    if jobs[0] in BREAK_THE_GROUP:
-        os._exit(0)  # what is left of it is not to be waited for
-    dist.destroy_process_group()
+    settings = {"init_method": f"file://{store}", "rank": rank, "world_size": int(world)}
+    with process_group("gloo", timeout=timedelta(seconds=float(timeout)), **settings):
+        for job in jobs:
+            globals()[job](rank, int(world))
+            print("done:", job, flush=True)
+        if jobs[0] in BREAK_THE_GROUP:
+            os._exit(0)  # what is left of it is not to be waited for

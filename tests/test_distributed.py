@@ -107,6 +107,25 @@ def test_the_example_learns() -> None:
     assert errors[-1] < 0.5 * errors[0]
 
 
+THREADS = """
+import sys
+from pathlib import Path
+from examples.ddp import train
+from examples.process_group import process_group
+threads = lambda: [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+with process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1):
+    train()
+    assert threads()
+assert not threads(), threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in Linux's /proc")
+def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
+    (done,) = run_together(["-c", THREADS, str(tmp_path / "store")])
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_process_is_a_group(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..process_group import process_group
 from .data import CocoDetection, StepSampler, find_split, rank_and_processes
 from .detectors import DETECTORS
 from .evaluate import Detections, as_results, detect, evaluate
@@ -250,16 +252,16 @@ def main() -> int:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    try:
-        held_out = CocoDetection(find_split(options.data, options.val))
-        return {"train": _train, "evaluate": _evaluate}[options.command](options, device, held_out)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        together = process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    else:
+        together = nullcontext()
+    with together:
+        try:
+            held_out = CocoDetection(find_split(options.data, options.val))
+            return {"train": _train, "evaluate": _evaluate}[options.command](options, device, held_out)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":
