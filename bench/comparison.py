@@ -1,9 +1,10 @@
 """The losses side by side: one small detector, one data set, one budget, several seeds. ``python -m bench.comparison``.
 
-Learning rates are chosen for each loss from a short run on other scenes. What is left of an interrupted comparison is
-taken up again: each run leaves a file in ``--work``, to be removed when the code has changed. The result file is what
-tables and plots are made from. ``python -m bench.comparison check`` repeats the short runs of the chosen learning rates
-and compares what they ended at with the result file, bit for bit.
+Learning rates are chosen for each loss by short runs on other scenes: of three, then of greater or smaller ones for as
+long as the best is at an end of what was tried. What is left of an interrupted comparison is taken up again: each run
+leaves a file in ``--work``, to be removed when the code has changed. The result file is what tables and plots are made
+from. ``python -m bench.comparison check`` repeats the short runs of the chosen learning rates and compares what they
+ended at with the result file, bit for bit.
 """
 
 import argparse
@@ -56,7 +57,7 @@ CONTENDERS = {
 
 STEPS, BATCH, PERIOD, WARM_UP = 400, 8, 50, 50
 EVALUATIONS = 4  # of a run, the last at its end
-LEARNING_RATES, SHORT = (1e-3, 3e-3, 1e-2), 200
+LEARNING_RATES, FIRST, SHORT = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), slice(2, 5), 200
 SCENES, HELD_OUT = 1600, 200
 TUNING_SEED = 100
 CPU = torch.device("cpu")
@@ -149,7 +150,10 @@ def true_positives(data: CocoDetection, detections: Sequence[Detections]) -> tup
 
 
 def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """One run: its log, its evaluations, and the correlation of score and IoU of what it finds."""
+    """One run: its log, its evaluations, and the correlation of score and IoU of what it finds.
+
+    ``diverged`` is the step whose losses were not finite, where the run ended, or None.
+    """
     torch.set_num_threads(1)  # two runs at a time, on two cores
     data, held_out = (CocoDetection(find_split(folder, part)) for part in ("train", "val"))
     run = Run(settings_of(name, lr, seed, steps), data, CPU)
@@ -157,11 +161,13 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
     log: list[dict[str, float]] = []
     evaluations: list[dict[str, float]] = []
     detections: list[Detections] = []
+    diverged: int | None = None
     begin = time.perf_counter()
     for batch in run.batches(steps, workers=0):
         values = run.take_step(batch)
         if not math.isfinite(values["total"]):
-            raise FloatingPointError(f"{name}, seed {seed}, step {run.step}: {values}")
+            diverged = run.step
+            break
         if run.step % _LOGGED == 0:
             log.append({"step": run.step} | values | probe.gradients())
         if run.step % (steps // EVALUATIONS) == 0:
@@ -174,6 +180,7 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
         "contender": name,
         "seed": seed,
         "settings": asdict(run.settings),
+        "diverged": diverged,
         "log": log,
         "evaluations": evaluations,
         "true_positives": len(scores),
@@ -242,32 +249,50 @@ def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Pa
         return list(tqdm(pool.map(run, jobs), total=len(jobs), desc="runs", unit="run"))
 
 
+def _tune(run: Callable[[list[tuple[str, float]]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """How short runs ended, ``run`` of loss and learning rate: until no loss is best at an end of what it was given."""
+    of_loss: dict[str, dict[float, dict[str, Any] | None]] = {name: {} for name in CONTENDERS}
+    wanted = [(name, lr) for name in CONTENDERS for lr in LEARNING_RATES[FIRST]]
+    while wanted:
+        for (name, lr), one in zip(wanted, run(wanted), strict=True):
+            of_loss[name][lr] = None if one["diverged"] else one["evaluations"][-1]
+        wanted = []
+        for name, ends in of_loss.items():
+            best = LEARNING_RATES.index(_best(ends))
+            around = LEARNING_RATES[max(best - 1, 0) : best + 2]
+            wanted += [(name, lr) for lr in around if lr not in ends]
+    return [{"contender": name, "lr": lr, "end": ends[lr]} for name, ends in of_loss.items() for lr in sorted(ends)]
+
+
+def _best(ends: dict[float, dict[str, Any] | None]) -> float:
+    """The learning rate with the highest AP; a run that diverged has none."""
+    return max(ends, key=lambda lr: end["AP"] if (end := ends[lr]) else -1.0)
+
+
 def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
-    """The whole comparison."""
+    """The whole comparison.
+
+    Raises:
+        ValueError: a run diverged at the learning rate that was chosen.
+    """
     run = describe_run(CPU)
     final, other = work / "scenes-0", work / "scenes-1"
     for seed, folder in enumerate((final, other)):
         if not folder.exists():
             write(folder, SCENES, HELD_OUT, seed)
     times = _kept(work / "times.json", lambda: time_all(final, turns))
-    tried = [(name, lr, TUNING_SEED, SHORT) for name in CONTENDERS for lr in LEARNING_RATES]
-    tuning = _run_apart(tried, other, work)
-    chosen = {
-        name: max((one for one in tuning if one["contender"] == name), key=lambda one: one["evaluations"][-1]["AP"])[
-            "settings"
-        ]["lr"]
-        for name in CONTENDERS
-    }
-    jobs = [(name, chosen[name], seed, STEPS) for seed in range(seeds) for name in CONTENDERS]
+    tuning = _tune(lambda wanted: _run_apart([(name, lr, TUNING_SEED, SHORT) for name, lr in wanted], other, work))
+    ends = {name: {entry["lr"]: entry["end"] for entry in tuning if entry["contender"] == name} for name in CONTENDERS}
+    jobs = [(name, _best(ends[name]), seed, STEPS) for seed in range(seeds) for name in CONTENDERS]
     runs = _run_apart(jobs, final, work)
-    tuned = [
-        {"contender": one["contender"], "lr": one["settings"]["lr"], "end": one["evaluations"][-1]} for one in tuning
-    ]
+    diverged = [f"{one['contender']}, seed {one['seed']}, step {one['diverged']}" for one in runs if one["diverged"]]
+    if diverged:
+        raise ValueError(f"not finite at the learning rate of the best short run: {'; '.join(diverged)}")
     return {
         "run": run,
         "command": "python -m bench.comparison",
         "comparison": runs,
-        "tuning": tuned,
+        "tuning": tuning,
         "times": times,
     }
 

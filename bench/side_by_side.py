@@ -86,8 +86,11 @@ def _times(report: dict[str, Any]) -> str:
 
 def _tuning(report: dict[str, Any]) -> str:
     rates = sorted({entry["lr"] for entry in report["tuning"]})
-    of = {(entry["contender"], entry["lr"]): f"{100 * entry['end']['AP']:.1f}" for entry in report["tuning"]}
-    lines = [[name, *(of[name, rate] for rate in rates)] for name in _by_loss(report)]
+    of = {
+        (entry["contender"], entry["lr"]): f"{100 * end['AP']:.1f}" if (end := entry["end"]) else "diverged"
+        for entry in report["tuning"]
+    }
+    lines = [[name, *(of.get((name, rate), "") for rate in rates)] for name in _by_loss(report)]
     return table(["AP after the short run, by learning rate", *(f"{rate:g}" for rate in rates)], lines)
 
 

@@ -97,6 +97,60 @@ def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
     assert all(path.stat().st_size > 5000 for path in written)
 
 
+def test_the_best_learning_rate_is_not_the_last_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"aLRP": 0.003, "RS": 0.03, "focal + L1": 0.0001}
+    monkeypatch.setattr(comparison, "CONTENDERS", dict.fromkeys(best))
+
+    def run(wanted: list[tuple[str, float]]) -> list[dict[str, Any]]:
+        return [
+            {"diverged": 7 if lr > 0.03 else None, "evaluations": [{"AP": 0.5 - abs(np.log10(lr / best[name])) / 10}]}
+            for name, lr in wanted
+        ]
+
+    tuning = comparison._tune(run)  # pyright: ignore[reportPrivateUsage]
+    tried = {name: [entry["lr"] for entry in tuning if entry["contender"] == name] for name in best}
+    assert tried == {
+        "aLRP": [0.001, 0.003, 0.01],
+        "RS": [0.001, 0.003, 0.01, 0.03, 0.1],
+        "focal + L1": [0.0001, 0.0003, 0.001, 0.003, 0.01],
+    }
+    lines = side_by_side.render({"tuning": tuning, "comparison": [{"contender": name} for name in best]}, "tuning")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
+    assert rows[0][1:] == ["0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03", "0.1"]
+    assert rows[2:] == [
+        ["aLRP", "", "", "45.2", "50.0", "44.8", "", ""],
+        ["RS", "", "", "35.2", "40.0", "45.2", "50.0", "diverged"],
+        ["focal + L1", "50.0", "45.2", "40.0", "35.2", "30.0", "", ""],
+    ]
+
+
+def test_a_run_that_diverges(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = comparison.Run.take_step
+
+    def diverges(run: Any, batch: Any) -> dict[str, float]:
+        return take_step(run, batch) | ({"total": float("nan")} if run.step == 3 else {})
+
+    monkeypatch.setattr(comparison.Run, "take_step", diverges)
+    run = comparison.train_one("aLRP", 1e-3, 0, 4, scenes)
+    assert run["diverged"] == 3
+    assert [entry["step"] for entry in run["evaluations"]] == [1, 2]
+
+    monkeypatch.setattr(comparison, "CONTENDERS", {"aLRP": comparison.CONTENDERS["aLRP"]})
+    short = {"diverged": None, "evaluations": [{"AP": 0.5}]}
+
+    def nothing(*arguments: Any) -> dict[str, Any]:
+        return {}
+
+    def run_apart(jobs: list[tuple[Any, ...]], *arguments: Any) -> list[dict[str, Any]]:
+        return [run if job[3] == comparison.STEPS else short for job in jobs]
+
+    monkeypatch.setattr(comparison, "_kept", nothing)
+    monkeypatch.setattr(comparison, "write", nothing)
+    monkeypatch.setattr(comparison, "_run_apart", run_apart)
+    with pytest.raises(ValueError, match="not finite at the learning rate of the best short run: aLRP, seed 0, step 3"):
+        comparison.compare(1, scenes, 1)
+
+
 def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     for _ in range(2):
