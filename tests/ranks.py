@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -318,6 +319,9 @@ if __name__ == "__main__":
     world, store, timeout, *jobs, of_rank = sys.argv[1:]
     rank = int(of_rank.removeprefix("rank="))
     torch.set_num_threads(1)
+    Path(f"{store}.{rank}").touch()
+    while not all(Path(f"{store}.{other}").exists() for other in range(int(world))):
+        time.sleep(0.01)  # the timeout may be shorter than what one needs to import torch after the other
     settings = {"init_method": f"file://{store}", "rank": rank, "world_size": int(world)}
     with process_group("gloo", timeout=timedelta(seconds=float(timeout)), **settings):
         for job in jobs:

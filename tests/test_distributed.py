@@ -53,6 +53,10 @@ def assert_done(processes: Processes, job: str) -> None:
         assert f"done: {job}\n" in process.stdout, process.stderr
 
 
+def test_all_processes_end_in_peace(processes: Processes) -> None:
+    assert [process.returncode for process in processes] == [0] * len(processes)
+
+
 def test_equal_to_one_process_on_the_joint_batch(processes: Processes) -> None:
     """Uneven sizes, processes without positives, without negatives, without anything; all losses; groups."""
     assert_done(processes, "joint")
