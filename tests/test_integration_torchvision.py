@@ -488,6 +488,21 @@ def test_autocast() -> None:
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_true_boxes_are_not_rounded_to_the_dtype_of_proposals() -> None:
+    """Which is half precision under autocast, where torchvision makes its targets of true boxes in it."""
+    model, _ = make("faster_rcnn")
+    images, targets = batch()
+    spied = mock.patch.object(model.roi_heads, "forward", wraps=model.roi_heads.forward)
+    with torch.autocast("cpu", torch.bfloat16), spied as spy:
+        model(images, targets)
+    assert all(of_image.dtype == torch.bfloat16 for of_image in spy.call_args.args[1])
+    proposals = [target["boxes"].bfloat16() for target in targets]
+    selected = model.roi_heads.select_training_samples(proposals, targets)
+    for boxes, target, labels, deltas in zip(selected[0], targets, *selected[2:], strict=True):
+        assert (labels > 0).all()
+        assert_near(model.roi_heads.box_coder.decode_single(deltas, boxes), target["boxes"], 1e-5)
+
+
 @pytest.mark.parametrize("assignment", ["iou", "atss"])
 def test_targets_of_other_dtypes(assignment: Any) -> None:
     """float64 boxes, as NumPy makes them, and int32 labels."""
@@ -502,11 +517,15 @@ def test_targets_of_other_dtypes(assignment: Any) -> None:
             assert_near(value, plain[key], 1e-5)
 
 
-def test_labels_that_are_no_classes() -> None:
-    images, targets = batch()
-    targets[0]["labels"][0] = CLASSES
-    for name in ("retinanet", "fcos"):
-        with pytest.raises(ValueError, match=r"labels of targets must be in 0..4, the classes of the head, got \[5\]"):
+@pytest.mark.parametrize(
+    ("name", "first", "last"), [("retinanet", 0, 4), ("fcos", 0, 4), ("faster_rcnn", 1, 5), ("mask_rcnn", 1, 5)]
+)
+def test_labels_that_are_no_classes(name: str, first: int, last: int) -> None:
+    for wrong in (first - 1, last + 1):
+        images, targets = batch()
+        targets[0]["labels"][0] = wrong
+        words = rf"labels of targets must be in {first}..{last}, the classes of the head, got \[{wrong}\]"
+        with pytest.raises(ValueError, match=words):
             make(name)[0](images, targets)
 
 

@@ -157,6 +157,8 @@ class HeadLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: as the losses do; boxes that are not ``(P, 4)``, or lack deltas that are needed.
+                More or fewer boxes than positives are an error of the loss, which calls what it gets of each of them
+                ``box_errors``, ``ious`` or ``num_positives``.
         """
         boxes = _checked(boxes, self.box_loss, process_group=self.criterion.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.

@@ -40,6 +40,10 @@ class Head:
         for method, value in self.former.items():
             setattr(self.part, method, value)
 
+    def check_labels(self, targets: list[Target], first: int, last: int) -> None:
+        labels = torch.cat([target["labels"] for target in targets])
+        _check_labels(labels, first, last, process_group=self.loss.criterion.process_group)
+
     def original(self, method: str, *arguments: Any) -> Any:
         if method in self.former:
             return self.former[method](*arguments)
@@ -55,8 +59,7 @@ class DenseHead(Head):
         logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]  # (B, A, C), (B, A, 4)
         matches = torch.stack(matched)  # (B, A)
         positive = matches >= 0
-        all_labels = torch.cat([target["labels"] for target in targets])
-        _check_labels(all_labels, logits.shape[-1], process_group=self.loss.criterion.process_group)
+        self.check_labels(targets, 0, logits.shape[-1] - 1)
         # In the order of the anchors, image after image: that of the positives.
         of_positives = [
             (target["boxes"][match[match >= 0]], target["labels"][match[match >= 0]])
@@ -189,6 +192,8 @@ class RoIHeads(Head):
 
         def keep(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
             predictions.append(outputs)
+            if self.part.training and targets is not None:  # before torchvision's losses, which take any label or crash
+                self.check_labels(targets, 1, outputs[0].shape[1] - 1)
 
         hook = self.part.box_predictor.register_forward_hook(keep)
         try:
@@ -219,6 +224,8 @@ class RoIHeads(Head):
     def select_training_samples(
         self, proposals: list[Tensor], targets: list[Target] | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        # torchvision rounds true boxes to the dtype of the proposals, half precision where the RPN ran under autocast.
+        proposals = [at_least_float32(of_image) for of_image in proposals]
         selected = self.original("select_training_samples", proposals, targets)
         self.samples = torch.cat(selected[2]), torch.cat(selected[3])
         return selected
@@ -262,11 +269,11 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
 
 
 @tells_the_others
-def _check_labels(labels: Tensor, classes: int, *, process_group: ProcessGroup | None) -> None:
+def _check_labels(labels: Tensor, first: int, last: int, *, process_group: ProcessGroup | None) -> None:
     """ValueError where a label is no class of the head; on a GPU an asynchronous device assertion."""
 
     def error() -> ValueError:
-        seen = labels[(labels < 0) | (labels >= classes)].unique().tolist()
-        return ValueError(f"labels of targets must be in 0..{classes - 1}, the classes of the head, got {seen}")
+        seen = labels[(labels < first) | (labels > last)].unique().tolist()
+        return ValueError(f"labels of targets must be in {first}..{last}, the classes of the head, got {seen}")
 
-    check_values(((labels >= 0) & (labels < classes)).all(), error, "labels of targets must be classes of the head")
+    check_values(((labels >= first) & (labels <= last)).all(), error, "labels of targets must be classes of the head")
