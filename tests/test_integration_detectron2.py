@@ -9,6 +9,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_config_and_checkpoint(adapter: Any) -> None:
     with pytest.raises(ValueError, match="add_ranking_loss_config"):
         adapter.RankingRetinaNet(cfg)
     adapter.add_ranking_loss_config(cfg)
+    assert set(cfg.MODEL.RANKING_LOSS) == {name.upper() for name in signature(HeadLoss).parameters}
     with pytest.raises(ValueError, match="period must be given"):
         adapter.RankingRetinaNet(cfg)
     cfg.MODEL.RANKING_LOSS.PERIOD = 1

@@ -13,6 +13,7 @@ Written from detectron2's source and tested with a stand-in for its base class a
     cfg.MODEL.RANKING_LOSS.PERIOD = 7330  # an epoch in your steps
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,9 +31,8 @@ except ImportError as missing:
 
 def add_ranking_loss_config(cfg: Any) -> None:
     """Adds ``MODEL.RANKING_LOSS``, the arguments of :class:`HeadLoss` in capitals, with its defaults."""
-    cfg.MODEL.RANKING_LOSS = CfgNode(
-        {"LOSS": "alrp", "PERIOD": None, "BOX_LOSS": None, "BOX_WEIGHT": None, "DELTA": None, "PROCESS_GROUP": None}
-    )
+    arguments = signature(HeadLoss).parameters.values()
+    cfg.MODEL.RANKING_LOSS = CfgNode({argument.name.upper(): argument.default for argument in arguments})
 
 
 @META_ARCH_REGISTRY.register()
