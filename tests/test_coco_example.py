@@ -30,7 +30,8 @@ from tests.conftest import run_together
 CPU = torch.device("cpu")
 SMALL = Settings(
     detector="retinanet_small", loss="alrp", box_loss=None, box_weight=None, assignment="iou", size=64, batch=4, steps=6,
-    optimizer="adamw", lr=3e-3, warm_up=2, schedule="cosine", period=2, flip=True, amp="off", seed=0,
+    optimizer="adamw", lr=3e-3, warm_up=2, schedule="cosine", period=2, flip=True, amp="off", freeze_norm=False,
+    seed=0,
 )  # fmt: skip
 
 
@@ -239,6 +240,47 @@ def test_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
     assert {row["image_id"] for row in found[0]} == {row["image_id"] for row in found[1]} == {1, 2, 3}
 
 
+WITH_BATCH_NORM = """
+import sys
+sys.path.insert(0, ".")
+from torch import nn
+from examples.coco import __main__ as command_line, detectors
+detectors._norm = nn.BatchNorm2d
+sys.exit(command_line.main())
+"""
+
+
+def test_processes_evaluate_the_checkpoint(scenes: Path, tmp_path: Path) -> None:
+    """Each normalises by its own images in training; what is evaluated is what is stored."""
+    script, out = tmp_path / "with_batch_norm.py", tmp_path / "run"
+    script.write_text(WITH_BATCH_NORM)
+    common = ["--data", str(scenes), "--workers", "0", "--device", "cpu", "--out", str(out)]
+    options = ["--detector", "retinanet_small", "--size", "64", "--batch", "4", "--steps", "3", "--warm-up", "0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found: list[list[dict[str, Any]]] = []
+    for command in ([*torchrun, str(script), "train", *common, *options], [str(script), "evaluate", *common]):
+        (done,) = run_together(command)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((out / "detections.json").read_text()))
+    scores = [np.array([row["score"] for row in rows]) for rows in found]
+    assert {row["image_id"] for row in found[0]} == {1, 2, 3}
+    assert np.abs(scores[0] - scores[1]).max() < 1e-6
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_norm_is_frozen(freeze: bool, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its statistics, with --init or --freeze-norm; its scale is trained in any case."""
+    monkeypatch.setattr("examples.coco.detectors._norm", torch.nn.BatchNorm2d)
+    run = Run(replace(SMALL, freeze_norm=freeze), CocoDetection(find_split(scenes, "train")), CPU)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.take_step(next(iter(run.batches(1, 0))))
+    changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("running_var" in name for name in before)
+    assert any("running" in name or "num_batches" in name for name in changed) != freeze
+    assert "backbone.stages.0.0.1.weight" in changed
+    assert run.model.training
+
+
 def test_evaluation(scenes: Path) -> None:
     data = CocoDetection(find_split(scenes, "val"))
     perfect = [
@@ -316,6 +358,8 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other = [*common[:2], "--out", str(tmp_path / "other"), *common[4:], *small]
     assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 0
     assert re.search(r"begins with (\d+) of \1 given tensors, of the detector's \1\n", capsys.readouterr().out)
+    frozen = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (out, tmp_path / "other")]
+    assert [state["settings"]["freeze_norm"] for state in frozen] == [False, True]
     # The backbone's alone, as a classifier has them.
     whole = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     prefix = "backbone."

@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--period", type=_count, help="of the self-balancing in steps; without it an epoch")
     add("--no-flip", action="store_true", help="do not flip images at random")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add(
+        "--freeze-norm",
+        action=argparse.BooleanOptionalAction,
+        help="BatchNorm keeps the statistics of the beginning; without it: if there is --init, as published",
+    )
     add("--every", type=_count, help="steps between evaluations and checkpoints; without it an epoch")
     add("--evaluate-first", action="store_true", help="also before training")
     add("--init", type=Path, help="a file of weights to begin with: a state_dict of the detector or its backbone")
@@ -132,9 +137,16 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
         if options.loss not in published:
             raise ValueError(f"no learning rate is published for {options.detector} and {options.loss}: give --lr")
         lr = published[options.loss] * options.batch / 32
+    freeze_norm = options.init is not None if options.freeze_norm is None else options.freeze_norm
     same = ("detector", "loss", "box_loss", "box_weight", "assignment", "size", "batch", "optimizer", "warm_up",
             "schedule", "period", "amp", "seed")  # fmt: skip
-    return Settings(**{name: getattr(options, name) for name in same}, steps=steps, lr=lr, flip=not options.no_flip)
+    return Settings(
+        **{name: getattr(options, name) for name in same},
+        steps=steps,
+        lr=lr,
+        flip=not options.no_flip,
+        freeze_norm=freeze_norm,
+    )
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -155,6 +167,7 @@ class _Evaluation:
 
     def __call__(self) -> dict[str, float]:
         run = self.run
+        run.share_buffers()
         share = max(run.settings.batch // run.processes, 1)
         self.detections = detect(run.model, self.data, run.detector.first_label, run.device, share, self.workers)
         found = [evaluate(as_results(self.detections, self.data), self.data) if run.rank == 0 else {}]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -54,6 +55,7 @@ class Settings:
         period: steps of the self-balancing; None: an epoch.
         flip: flips every second image at random.
         amp: ``off``, ``bf16`` or ``fp16``.
+        freeze_norm: BatchNorm normalises by the statistics that it has at the start, and does not change them.
         seed: of weights and batches.
     """
 
@@ -72,6 +74,7 @@ class Settings:
     period: int | None
     flip: bool
     amp: str
+    freeze_norm: bool
     seed: int
 
 
@@ -187,6 +190,10 @@ class Run:
         ]
         dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.amp]
         self.wrapped.train()
+        if self.settings.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
             losses: dict[str, Tensor] = self.wrapped(images, targets)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -199,6 +206,12 @@ class Run:
         self.step += 1
         values = {name: loss.item() for name, loss in losses.items()} | {"total": total.item()}
         return values | {f"weight_{name}": part.box_weight.item() for name, part in self.losses.items()}
+
+    def share_buffers(self) -> None:
+        """All processes take those of the first, as a checkpoint does. BatchNorm's statistics are each one's own."""
+        if self.processes > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs."""
