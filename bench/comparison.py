@@ -69,7 +69,8 @@ def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
     contender = CONTENDERS[name]
     return Settings(
         detector="retinanet_small", assignment="iou", size=128, batch=BATCH, steps=steps, optimizer="adamw", lr=lr,
-        warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", seed=seed, **contender._asdict(),
+        warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", freeze_norm=False, seed=seed,
+        **contender._asdict(),
     )  # fmt: skip
 
 
@@ -281,6 +282,8 @@ def compare(seeds: int, work: Path, turns: int) -> dict[str, Any]:
         if not folder.exists():
             write(folder, SCENES, HELD_OUT, seed)
     times = _kept(work / "times.json", lambda: time_all(final, turns))
+    if times["turns"] != turns:
+        raise ValueError(f"{work / 'times.json'} is of {times['turns']} turns, not of {turns}: remove {work}")
     tuning = _tune(lambda wanted: _run_apart([(name, lr, TUNING_SEED, SHORT) for name, lr in wanted], other, work))
     ends = {name: {entry["lr"]: entry["end"] for entry in tuning if entry["contender"] == name} for name in CONTENDERS}
     jobs = [(name, _best(ends[name]), seed, STEPS) for seed in range(seeds) for name in CONTENDERS]
@@ -311,7 +314,7 @@ def check(file: Path, work: Path) -> dict[str, Any]:
         repeated = _run_apart(jobs, Path(folder) / "scenes", Path(folder))
     before = {(entry["contender"], entry["lr"]): entry["end"] for entry in report["tuning"]}
     for run in repeated:
-        name, now = run["contender"], run["evaluations"][-1]
+        name, now = run["contender"], None if run["diverged"] else run["evaluations"][-1]
         if json.dumps(now) != json.dumps(before[name, chosen[name]]):  # as text, for NaN is no equal of NaN
             raise ValueError(f"{name} ended at {now}, the result file says {before[name, chosen[name]]}")
     now = describe_run(CPU)

@@ -139,7 +139,7 @@ def test_a_run_that_diverges(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> N
     short = {"diverged": None, "evaluations": [{"AP": 0.5}]}
 
     def nothing(*arguments: Any) -> dict[str, Any]:
-        return {}
+        return {"turns": 1}
 
     def run_apart(jobs: list[tuple[Any, ...]], *arguments: Any) -> list[dict[str, Any]]:
         return [run if job[3] == comparison.STEPS else short for job in jobs]
@@ -149,6 +149,8 @@ def test_a_run_that_diverges(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(comparison, "_run_apart", run_apart)
     with pytest.raises(ValueError, match="not finite at the learning rate of the best short run: aLRP, seed 0, step 3"):
         comparison.compare(1, scenes, 1)
+    with pytest.raises(ValueError, match=r"times\.json is of 1 turns, not of 2"):
+        comparison.compare(1, scenes, 2)
 
 
 def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +182,10 @@ def test_a_result_file_is_checked_by_repeating(
     monkeypatch.setattr(comparison, "_run_apart", repeated)
     (tmp_path / "x.json").write_text(json.dumps(report))
     assert comparison.check(tmp_path / "x.json", tmp_path)["checked"]["runs"] == 2
+    monkeypatch.setitem(runs[0], "diverged", 3)
+    with pytest.raises(ValueError, match="aLRP ended at None, the result file says"):
+        comparison.check(tmp_path / "x.json", tmp_path)
+    monkeypatch.setitem(runs[0], "diverged", None)
     report["tuning"][0]["end"] = {**report["tuning"][0]["end"], "AP": 0.123}
     (tmp_path / "x.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match=r"aLRP ended at .*, the result file says .*0\.123"):
