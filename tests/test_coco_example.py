@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,30 @@ def test_data(tmp_path: Path) -> None:
     assert red.target["boxes"].shape == (0, 4)
     assert (red.image[0] > 0.9).all()
     assert (red.image[1:] < 0.1).all()
+
+
+def test_boxes_that_look_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """What stays to train on, and a hint where most boxes are no x, y, width, height in pixels."""
+    data = CocoDetection(data_set(tmp_path))
+    assert (data.boxes, data.odd) == (2, 2)
+    command = ["train", "--data", str(tmp_path), "--train", "val", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--detector", "retinanet_small", "--size", "32", "--batch", "2", "--steps", "1", "--workers", "0"]
+    for scale, hint in ((1.0, True), (0.01, True), (0.5, False)):
+
+        def scaled(content: dict[str, Any], scale: float = scale) -> None:
+            for one in content["annotations"]:
+                one["bbox"] = [scale * (number if scale == 1 else abs(number)) for number in one["bbox"]]
+
+        data_set(tmp_path, scaled)
+        assert cli(monkeypatch, *command) == 0
+        seen = capsys.readouterr()
+        assert "2 images, 2 boxes, 2 categories to train on" in seen.out
+        assert ("note: 2 boxes reach out of their image or are smaller than a pixel" in seen.err) == hint
+        rmtree(tmp_path / "out")
+    data_set(tmp_path, lambda content: content.update(annotations=[]))
+    assert cli(monkeypatch, *command) == 2
+    assert "val.json has no box to train on, in 2 images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_pixels(tmp_path: Path) -> None:
@@ -360,6 +385,12 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert re.search(r"begins with (\d+) of \1 given tensors, of the detector's \1\n", capsys.readouterr().out)
     frozen = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (out, tmp_path / "other")]
     assert [state["settings"]["freeze_norm"] for state in frozen] == [False, True]
+    # A run's checkpoint is one, too.
+    other[3] = str(tmp_path / "of_a_run")
+    assert cli(monkeypatch, "train", *other, "--init", str(out / "checkpoint.pt"), "--lr", "1e30") == 1
+    seen = capsys.readouterr()
+    assert re.search(r"begins with (\d+) of \1 given tensors, of the detector's \1\n", seen.out)
+    assert re.search(r"error: the loss of step \d is .*: try a lower --lr or a longer --warm-up\n", seen.err)
     # The backbone's alone, as a classifier has them.
     whole = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     prefix = "backbone."
@@ -385,6 +416,7 @@ def test_errors_of_options(scenes: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (["--batch", "99"], "a batch of 99 images is more than the 14 there are"),
         (["--loss", "torchvision", "--assignment", "atss", "--batch", "2"], "--assignment atss needs a ranking loss"),
         (["--loss", "torchvision", "--box-weight", "2", "--batch", "2"], "--box-weight 2.0 needs a ranking loss"),
+        (["--box-loss", "l1", "--batch", "2"], "--box-loss l1 is of --loss torchvision; --loss alrp takes giou"),
         (["--loss", "ap", "--detector", "fasterrcnn_resnet50", "--batch", "2"], "give --lr"),
         (["--resume"], "there is none to --resume"),
         (["--init", str(tmp_path / "none.pt"), "--batch", "2"], "there is no file"),
@@ -426,8 +458,11 @@ def test_errors_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (lambda content: content["images"][0].update(id=4), "two images have one id"),
         (lambda content: content["categories"][0].update(id="7"), "the id of a category is '7' and no whole number"),
         (lambda content: content["categories"][0].update(id=3), "two categories have one id"),
-        (lambda content: content["annotations"][0].update(category_id=99), "99"),
-        (lambda content: content["annotations"][0].update(image_id=99), "99"),
+        (lambda content: content["annotations"][0].update(category_id=99), "annotation 1 has the category_id 99"),
+        (
+            lambda content: content["annotations"][1].update(image_id="4"),
+            "annotation 2 has the image_id '4', which the",
+        ),
         (lambda content: content.update(images=[], annotations=[]), "lists no images"),
     ]
     for change, words in changes:

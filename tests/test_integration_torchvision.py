@@ -529,6 +529,15 @@ def test_labels_that_are_no_classes(name: str, first: int, last: int) -> None:
             make(name)[0](images, targets)
 
 
+def test_labels_are_as_many_as_boxes() -> None:
+    for wrong in (torch.ones(2), torch.ones(6), torch.ones(3, 1)):
+        images, targets = batch()
+        targets[2]["labels"] = wrong.long()
+        for name in ("retinanet", "fcos"):
+            with pytest.raises(ValueError, match=r"must have one entry a box, got \(.*\) for 3 in image 2"):
+                make(name)[0](images, targets)
+
+
 def test_true_boxes_of_any_size() -> None:
     """torchvision's coder limits what it decodes, which holds for predictions; a true box may be 100 times an anchor."""
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))

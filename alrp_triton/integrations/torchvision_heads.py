@@ -41,8 +41,7 @@ class Head:
             setattr(self.part, method, value)
 
     def check_labels(self, targets: list[Target], first: int, last: int) -> None:
-        labels = torch.cat([target["labels"] for target in targets])
-        _check_labels(labels, first, last, process_group=self.loss.criterion.process_group)
+        _check_labels(targets, first, last, process_group=self.loss.criterion.process_group)
 
     def original(self, method: str, *arguments: Any) -> Any:
         if method in self.former:
@@ -269,8 +268,13 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
 
 
 @tells_the_others
-def _check_labels(labels: Tensor, first: int, last: int, *, process_group: ProcessGroup | None) -> None:
-    """ValueError where a label is no class of the head; on a GPU an asynchronous device assertion."""
+def _check_labels(targets: list[Target], first: int, last: int, *, process_group: ProcessGroup | None) -> None:
+    """ValueError unless each box has one label, of a class of the head (on a GPU: an asynchronous device assertion)."""
+    for image, target in enumerate(targets):
+        shape, boxes = tuple(target["labels"].shape), len(target["boxes"])
+        if shape != (boxes,):
+            raise ValueError(f"labels of targets must have one entry a box, got {shape} for {boxes} in image {image}")
+    labels = torch.cat([target["labels"] for target in targets])
 
     def error() -> ValueError:
         seen = labels[(labels < first) | (labels > last)].unique().tolist()

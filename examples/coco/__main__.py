@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--every", type=_count, help="steps between evaluations and checkpoints; without it an epoch")
     add("--evaluate-first", action="store_true", help="also before training")
-    add("--init", type=Path, help="a file of weights to begin with: a state_dict of the detector or its backbone")
+    add(
+        "--init",
+        type=Path,
+        help="a file of weights to begin with: a state_dict of the detector or its backbone, or a checkpoint",
+    )
     add("--seed", type=_from_zero, default=0, help="of weights and batches")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--until", type=_count, help="stop at this step, to be resumed")
@@ -123,6 +127,8 @@ def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any
 
 
 def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
+    if options.loss != "torchvision" and options.box_loss == "l1":
+        raise ValueError(f"--box-loss l1 is of --loss torchvision; --loss {options.loss} takes giou or smooth_l1")
     if options.loss == "torchvision" and options.assignment != "iou":
         raise ValueError(f"--assignment {options.assignment} needs a ranking loss; torchvision's has its own matcher")
     if options.loss == "torchvision" and options.box_weight is not None:
@@ -158,6 +164,16 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} holds no weights: {error}") from error
 
 
+def _weights(file: Path) -> dict[str, Any]:
+    """Of a file that holds a state_dict, or of a checkpoint of another run."""
+    state = _load(file)
+    return state["model"] if {"model", "settings"} <= set(state) else state
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 class _Evaluation:
     """Evaluates a run; keeps the last detections, on the first process."""
 
@@ -191,6 +207,8 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
     data = CocoDetection(find_split(options.data, options.train))
     if data.categories != held_out.categories:
         raise ValueError(f"{data.split.annotations} and {held_out.split.annotations} have other categories")
+    if not data.boxes:
+        raise ValueError(f"{data.split.annotations} has no box to train on, in {len(data)} images")
     checkpoint = options.out / CHECKPOINT
     if checkpoint.exists() != options.resume:
         wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
@@ -201,11 +219,15 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
     else:
         settings = _settings(options, data)
     data.flip, data.seed = settings.flip, settings.seed
-    run = Run(settings, data, device, _load(options.init) if options.init else None)
-    if run.rank == 0 and settings.steps <= settings.warm_up:
-        print(
-            f"note: the warm-up of {settings.warm_up} steps is as long as the run of {settings.steps}", file=sys.stderr
-        )
+    run = Run(settings, data, device, _weights(options.init) if options.init else None)
+    if run.rank == 0:
+        print(f"{len(data)} images, {data.boxes} boxes, {len(data.categories)} categories to train on")
+        if data.odd > data.boxes / 2:
+            _note(
+                f"{data.odd} boxes reach out of their image or are smaller than a pixel; is bbox x, y, width, height?"
+            )
+        if settings.steps <= settings.warm_up:
+            _note(f"the warm-up of {settings.warm_up} steps is as long as the run of {settings.steps}")
     evaluation = _Evaluation(run, held_out, options.workers)
     if state:
         run.load(state)
@@ -275,6 +297,9 @@ def main() -> int:
         except (FileNotFoundError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except FloatingPointError as error:
+            print(f"error: {error}: try a lower --lr or a longer --warm-up", file=sys.stderr)
+            return 1
 
 
 if __name__ == "__main__":

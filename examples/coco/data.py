@@ -78,6 +78,7 @@ class CocoDetection(Dataset[Sample]):
 
     Attributes:
         categories: names by label; ``category_ids`` their ids in the file.
+        boxes: how many there are to train on; ``odd`` of them reach out of their image or are smaller than a pixel.
         fingerprint: of images, categories and annotations; two data sets that differ have two of them.
 
     Raises:
@@ -121,8 +122,12 @@ class CocoDetection(Dataset[Sample]):
         boxes: dict[int, list[list[float]]] = {image_id: [] for image_id in self.files}
         of_boxes: dict[int, list[int]] = {image_id: [] for image_id in self.files}
         self.annotations: list[dict[str, Any]] = []
+        self.boxes = self.odd = 0
         for annotation in annotations:
-            image_id, label = annotation["image_id"], labels[annotation["category_id"]]
+            image_id, category_id = annotation["image_id"], annotation["category_id"]
+            for name, key, known in (("image_id", image_id, self.sizes), ("category_id", category_id, labels)):
+                if key not in known:
+                    raise ValueError(f"annotation {annotation.get('id')} has the {name} {key!r}, which the file lacks")
             width, height = self.sizes[image_id]
             x, y, w, h = (float(number) for number in annotation["bbox"])
             if not all(map(math.isfinite, (x, y, w, h))):
@@ -132,7 +137,7 @@ class CocoDetection(Dataset[Sample]):
                 {
                     "id": len(self.annotations) + 1,  # what counts annotations from 0 would take the first for none
                     "image_id": image_id,
-                    "category_id": annotation["category_id"],
+                    "category_id": category_id,
                     "bbox": [x, y, w, h],
                     "area": float(annotation.get("area", w * h)),
                     "iscrowd": crowd,
@@ -141,7 +146,10 @@ class CocoDetection(Dataset[Sample]):
             box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
             if not crowd and box[2] > box[0] and box[3] > box[1]:
                 boxes[image_id].append(box)
-                of_boxes[image_id].append(label)
+                of_boxes[image_id].append(labels[category_id])
+                self.boxes += 1
+                # A pixel over the border is rounding.
+                self.odd += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 or max(w, h) < 1
         self.targets: dict[int, Target] = {
             image_id: {
                 "boxes": torch.tensor(boxes[image_id], dtype=torch.float32).reshape(-1, 4),
