@@ -16,6 +16,10 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, that is before their first use
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+"""Arguments of Python, before a script or ``-m`` and a module, that run it in two processes."""
+
+
 def run_together(*commands: list[str], timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
     """Python with these arguments, all at once, from the repository's root."""
     processes = [

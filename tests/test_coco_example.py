@@ -26,7 +26,7 @@ from examples.coco import __main__ as command_line
 from examples.coco.data import CocoDetection, Split, StepSampler, find_split, make_loader
 from examples.coco.evaluate import as_results, detect, evaluate
 from examples.coco.train import Run, Settings, train
-from tests.conftest import run_together
+from tests.conftest import TORCHRUN, run_together
 
 CPU = torch.device("cpu")
 SMALL = Settings(
@@ -114,7 +114,7 @@ def test_boxes_that_look_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
         def scaled(content: dict[str, Any], scale: float = scale) -> None:
             for one in content["annotations"]:
-                one["bbox"] = [scale * (number if scale == 1 else abs(number)) for number in one["bbox"]]
+                one["bbox"] = [scale * number for number in one["bbox"]]
 
         data_set(tmp_path, scaled)
         assert cli(monkeypatch, *command) == 0
@@ -246,10 +246,9 @@ def test_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
     """Two processes started by torchrun end at the weights of one with the same batch; evaluation is gathered."""
     options = ["train", "--data", str(scenes), "--detector", "retinanet_small", "--size", "64", "--batch", "4"]
     options += ["--steps", "3", "--optimizer", "adamw", "--warm-up", "0", "--workers", "0", "--device", "cpu"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = run_together(
         ["-m", "examples.coco", *options, "--out", str(tmp_path / "one")],
-        [*torchrun, "-m", "examples.coco", *options, "--out", str(tmp_path / "two")],
+        [*TORCHRUN, "-m", "examples.coco", *options, "--out", str(tmp_path / "two")],
     )
     assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
@@ -281,9 +280,8 @@ def test_processes_evaluate_the_checkpoint(scenes: Path, tmp_path: Path) -> None
     script.write_text(WITH_BATCH_NORM)
     common = ["--data", str(scenes), "--workers", "0", "--device", "cpu", "--out", str(out)]
     options = ["--detector", "retinanet_small", "--size", "64", "--batch", "4", "--steps", "3", "--warm-up", "0"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found: list[list[dict[str, Any]]] = []
-    for command in ([*torchrun, str(script), "train", *common, *options], [str(script), "evaluate", *common]):
+    for command in ([*TORCHRUN, str(script), "train", *common, *options], [str(script), "evaluate", *common]):
         (done,) = run_together(command)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((out / "detections.json").read_text()))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from alrp_triton import alrp_loss, distributed, operators
-from tests.conftest import run_together
+from tests.conftest import TORCHRUN, run_together
 
 Processes = list[subprocess.CompletedProcess[str]]
 
@@ -103,9 +103,7 @@ def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
 
 
 def test_the_example_learns() -> None:
-    (done,) = run_together(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "examples.ddp"]
-    )
+    (done,) = run_together([*TORCHRUN, "-m", "examples.ddp"])
     assert done.returncode == 0, done.stderr
     errors = [float(line.split()[5]) for line in done.stdout.splitlines() if line.startswith("step")]
     assert errors[-1] < 0.5 * errors[0]
