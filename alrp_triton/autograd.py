@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import operators
-from .comparison import SortedMatrix
+from .comparison import SortedMatrix, at_zero
 from .dispatch import Backend
 from .distributed import ORDER
 
@@ -62,7 +62,7 @@ def alrp(matrix: SortedMatrix, ranked: "Ranked", settings: Settings, dtype: torc
         matrix.among_rows(ranked.values),
         ranked.values,
         ranked.order,
-        matrix.at_zero,
+        at_zero(settings.delta),
         settings.eps,
         dtype,
         settings.backend,
@@ -77,7 +77,7 @@ def ap(
     """AP Loss; the positives have no values but 0."""
     above = matrix.among_rows(ranked.values)[0]
     loss, update = operators.ap_terms(
-        ranked.false_positives, above, matrix.at_zero, interpolate, dtype, settings.backend, ranked.groups
+        ranked.false_positives, above, at_zero(settings.delta), interpolate, dtype, settings.backend, ranked.groups
     )
     return Terms(loss, None, None, *update)
 
@@ -183,9 +183,10 @@ class RankingLoss(torch.autograd.Function):
         negatives: Tensor,
         positives: Tensor,
         groups: Tensor | None,
-        ranked: Ranked,
         settings: Settings,
-    ) -> tuple[Tensor | None, ...]:
+        *of_ranked: Any,  # its tensors one by one, for Dynamo of torch 2.10 passes them on in no other way
+    ) -> tuple[Tensor, ...]:
+        ranked = Ranked(*of_ranked)
         matrix = _matrix(ranked.scores, ranked.groups, logits, negatives, groups, settings)
         dtype = torch.promote_types(torch.promote_types(logits.dtype, values.dtype), torch.float32)
         terms = settings.formula(matrix, ranked, settings, dtype, ctx.needs_input_grad[0])
@@ -207,7 +208,7 @@ class RankingLoss(torch.autograd.Function):
         losses = (terms.first, wants_first), (terms.second, wants_second)
         still = [ranks, order, *(loss for loss, wanted in losses if not wanted)]
         ctx.mark_non_differentiable(*(tensor for tensor in still if tensor is not None))
-        return terms.first, terms.second, ranks, order
+        return tuple(tensor for tensor in (terms.first, terms.second, ranks, order) if tensor is not None)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -242,7 +243,7 @@ class RankingLoss(torch.autograd.Function):
             grad_logits, grad_values = (
                 None if g is None else _NoSecondDerivative.apply(g, *cause) for g in (grad_logits, grad_values)
             )
-        return grad_logits, grad_values, None, None, None, None, None
+        return grad_logits, grad_values, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def ranking_loss(
@@ -252,8 +253,8 @@ def ranking_loss(
     positives: Tensor,
     groups: Tensor | None,
     settings: Settings,
-) -> tuple[Any, ...]:  # which of them are None is the formula's affair
-    """The two losses (the second may be None), the ranks (or None) and the order of the positives.
+) -> tuple[Any, ...]:
+    """Those of the formula's results that there are, of its two losses, the ranks, and the order of the positives.
 
     Args:
         logits: any shape; differentiable.
@@ -266,4 +267,4 @@ def ranking_loss(
     if groups is not None:  # a copy: it is kept for the backward pass, and the caller may write on
         groups = groups.reshape(-1).to(torch.int64, copy=True)
     ranked = rank(logits, values, negatives, positives, groups, settings)
-    return RankingLoss.apply(logits, values, negatives, positives, groups, ranked, settings)
+    return RankingLoss.apply(logits, values, negatives, positives, groups, settings, *ranked)

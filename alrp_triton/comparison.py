@@ -17,6 +17,11 @@ from .checks import check_delta, check_same_device, check_tensor, describe
 from .dispatch import Backend, check_backend
 
 
+def at_zero(delta: float) -> float:
+    """h(0), the entry of a row against its own score."""
+    return 0.5 if delta > 0 else 1.0
+
+
 class SortedMatrix(NamedTuple):
     """H as the losses use it: nothing is checked, and rows are in ascending order, as :mod:`.operators` wants them.
 
@@ -30,11 +35,6 @@ class SortedMatrix(NamedTuple):
     backend: Backend
     row_groups: Tensor | None = None
     column_groups: Tensor | None = None
-
-    @property
-    def at_zero(self) -> float:
-        """h(0), the entry of a row against its own score."""
-        return 0.5 if self.delta > 0 else 1.0
 
     def matvec(self, v: Tensor | None = None) -> Tensor:
         weights = self.mask if v is None else v

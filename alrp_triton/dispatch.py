@@ -21,6 +21,7 @@ from .cost import prefer_binned, prefer_dense
 Backend = Literal[
     "auto", "torch", "numba", "numba_dense", "numba_binned", "triton", "triton_tiled", "triton_binned"
 ]  # fmt: skip
+_BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _MODULES = {
     "torch": "torch_binned",
@@ -29,7 +30,8 @@ _MODULES = {
     "triton_tiled": "triton_tiled",
     "triton_binned": "triton_binned",
 }
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Before 3.4 Triton hands a kernel's float64 arguments, delta among them, over as float32.
+_LEAST_TRITON = (3, 4)
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -39,10 +41,21 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f".backends.{name}", __package__)
 
 
+@cache
+def _triton_lacks() -> str:
+    """Why the Triton kernels run on no device; "" if there is no such reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed (pip install triton)"
+    version: str = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < _LEAST_TRITON:
+        return f"needs triton 3.4 or newer (torch 2.8 and newer bring it), found {version}: use 'torch' or 'auto'"
+    return ""
+
+
 def check_backend_name(backend: object) -> None:
     """Raise ValueError if ``backend`` is unknown."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -54,10 +67,8 @@ def check_backend(backend: str, device: torch.device) -> None:
         if device.type != "cpu":
             raise ValueError(f"backend={backend!r} needs a CPU, but the logits are on {str(device)!r}: use 'auto'")
     if backend.startswith("triton"):
-        if not _HAS_TRITON:
-            raise ValueError(
-                f"backend={backend!r} needs the package triton, which is not installed (pip install triton)"
-            )
+        if lacks := _triton_lacks():
+            raise ValueError(f"backend={backend!r} {lacks}")
         if not _module("triton_tiled").runs_on(device):
             raise ValueError(
                 f"backend={backend!r} needs a CUDA or ROCm GPU, but the logits are on {str(device)!r}: "
@@ -69,7 +80,7 @@ def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
     """The backend that runs a product; what ``"auto"``, ``"numba"`` and ``"triton"`` stand for is stated here."""
     if backend == "auto":
         if device_type == "cuda":  # ROCm builds of torch call their devices so, too
-            backend = "triton" if _HAS_TRITON else "torch"
+            backend = "torch" if _triton_lacks() else "triton"
         else:
             backend = "numba" if device_type == "cpu" and _HAS_NUMBA else "torch"
     if backend == "numba":

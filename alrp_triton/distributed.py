@@ -18,6 +18,7 @@ from torch import Tensor
 ProcessGroup = Any
 """``torch.distributed.ProcessGroup``, a name that builds of torch without it do not have."""
 GradientReduction = Literal["mean", "sum"]
+_REDUCTIONS: tuple[str, ...] = get_args(GradientReduction)
 
 _HEADER = 256  # bytes: how many positives, and what was called
 _AT = 8
@@ -47,7 +48,7 @@ def check_process_group(process_group: object) -> None:
 
 def check_gradient_reduction(gradient_reduction: object) -> None:
     """Raise ValueError unless it is ``"mean"`` or ``"sum"``."""
-    if gradient_reduction not in get_args(GradientReduction):
+    if gradient_reduction not in _REDUCTIONS:
         raise ValueError(f"gradient_reduction must be 'mean' or 'sum', got {gradient_reduction!r}")
 
 

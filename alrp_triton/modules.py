@@ -53,7 +53,8 @@ class _RankingLoss(nn.Module):
     def _settings(self) -> dict[str, Any]:
         """The keyword arguments of the function, by name."""
         of_some = {name: getattr(self, name) for name in ("interpolate", "delta", "eps") if hasattr(self, name)}
-        return of_some | {
+        return {
+            **of_some,
             "background": self.background,
             "ignore_index": self.ignore_index,
             "process_group": self.process_group,

@@ -107,25 +107,78 @@ def _gather_positives(
 _library = torch.library.Library("alrp_triton", "DEF")
 
 
-def _define(kernel: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
-    """The operator of the kernel's name and signature."""
-    name = kernel.__name__
-    _library.define(name + torch.library.infer_schema(kernel, mutates_args=mutates))
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator of a schema: that of its kernel's signature, in the language of torch, which every version reads."""
+    _library.define(schema)
+    name = schema.partition("(")[0]
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alrp_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.alrp_triton, name)
 
 
-matvec = _define(dispatch.matvec, _like_first)
-rmatvec = _define(dispatch.rmatvec, _rmatvec)
-among_rows = _define(dispatch.among_rows, _among_rows)
-below_rows = _define(dispatch.below_rows, _like_first)
-among_grades = _define(dispatch.among_grades, _among_grades)
-below_grades = _define(dispatch.below_grades, _like_first)
-alrp_terms = _define(dispatch.alrp_terms, _alrp_terms)
-ap_terms = _define(dispatch.ap_terms, _ap_terms)
-rank_sort_terms = _define(dispatch.rank_sort_terms, _rank_sort_terms)
-classify = _define(dispatch.classify, _classify)
-checked_ious = _define(dispatch.checked_ious, _like_first)
-gather_positives = _define(distributed.gather_positives, _gather_positives)
-sum_over_ranks = _define(distributed.sum_over_ranks, _like_first, ("order",))
+_OF_ROWS, _OF_BOTH = "Tensor? row_groups=None", "Tensor? row_groups=None, Tensor? column_groups=None"
+matvec = _define(
+    f"matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend, {_OF_BOTH}) -> Tensor",
+    dispatch.matvec,
+    _like_first,
+)
+rmatvec = _define(
+    "rmatvec(Tensor rows, Tensor weights, Tensor columns, Tensor? mask, float delta, str backend, "
+    f"{_OF_BOTH}) -> Tensor",
+    dispatch.rmatvec,
+    _rmatvec,
+)
+among_rows = _define(
+    f"among_rows(Tensor rows, Tensor values, float delta, str backend, {_OF_ROWS}) -> Tensor",
+    dispatch.among_rows,
+    _among_rows,
+)
+below_rows = _define(
+    f"below_rows(Tensor rows, Tensor weights, str backend, {_OF_ROWS}) -> Tensor", dispatch.below_rows, _like_first
+)
+among_grades = _define(
+    f"among_grades(Tensor rows, Tensor grades, float delta, str backend, {_OF_ROWS}) -> Tensor",
+    dispatch.among_grades,
+    _among_grades,
+)
+below_grades = _define(
+    f"below_grades(Tensor rows, Tensor grades, Tensor weights, float delta, str backend, {_OF_ROWS}) -> Tensor",
+    dispatch.below_grades,
+    _like_first,
+)
+alrp_terms = _define(
+    "alrp_terms(Tensor false_positives, Tensor among, Tensor box_errors, Tensor order, float at_zero, float eps, "
+    "ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    dispatch.alrp_terms,
+    _alrp_terms,
+)
+ap_terms = _define(
+    "ap_terms(Tensor false_positives, Tensor positives_above, float at_zero, bool interpolate, ScalarType dtype, "
+    f"str backend, {_OF_ROWS}) -> (Tensor, Tensor)",
+    dispatch.ap_terms,
+    _ap_terms,
+)
+rank_sort_terms = _define(
+    "rank_sort_terms(Tensor false_positives, Tensor among, float eps, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    dispatch.rank_sort_terms,
+    _rank_sort_terms,
+)
+classify = _define(
+    "classify(Tensor targets, SymInt? num_classes, SymInt background, SymInt ignore_index, bool graded, SymInt? count, "
+    "str source, str backend) -> (Tensor, Tensor)",
+    dispatch.classify,
+    _classify,
+)
+checked_ious = _define("checked_ious(Tensor ious) -> Tensor", dispatch.checked_ious, _like_first)
+gather_positives = _define(
+    "gather_positives(Tensor scores, Tensor values, Tensor? groups, Tensor order, str call, str process_group) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    distributed.gather_positives,
+    _gather_positives,
+)
+sum_over_ranks = _define(
+    "sum_over_ranks(Tensor numbers, Tensor(a!) order, str process_group) -> Tensor",
+    distributed.sum_over_ranks,
+    _like_first,
+)
