@@ -1,15 +1,16 @@
-# Every target sets up what it needs, in a virtual environment of its own: .venv, or .venv-cpu for torch's CPU build.
+# Every target sets up what it needs, in a virtual environment of its own: .venv, or .venv-cpu for torch's CPU build,
+# .venv-oldest and .venv-2.11 for other versions of Python, torch and NumPy.
 PYTHON ?= python3
 RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
-demo test coverage test-cpu fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
+demo test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # Tests run on two cores or more, those of a file in one process. PYTEST="-n 0" runs them one by one.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test coverage test-cpu fuzz lint docs compare bench compiled soak large tables figure1 install-check clean
+.PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench compiled soak large tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -33,6 +34,12 @@ SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_po
 
 test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
 	.venv-cpu/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(PYTEST)
+
+test-oldest: .venv-oldest/.test  ## Run the test suite with the oldest versions: Python 3.10, torch 2.4, NumPy 1.26
+	.venv-oldest/bin/python -m pytest $(WORKERS) -k "not gloo" $(PYTEST)
+
+test-2.11: .venv-2.11/.test  ## Run the test suite with Python 3.12, torch 2.11, triton 3.6
+	.venv-2.11/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(PYTEST)
 
 fuzz: .venv/.dev  ## 20,000 random hostile cases against the oracle, others each time (some minutes)
 	$(RUN) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)
@@ -76,7 +83,7 @@ install-check:  ## Build sdist and wheel, check them, install the wheel without 
 	  print(a.__version__, a.alrp_loss(torch.zeros(4), torch.tensor([1, 0, 0, -1]), torch.ones(1)).classification)"
 
 clean:  ## Remove all that was made here
-	rm -rf .venv .venv-cpu .venv-install dist build site demo comparison .coverage .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-cpu .venv-oldest .venv-2.11 .venv-install dist build site demo comparison .coverage .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -96,4 +103,16 @@ clean:  ## Remove all that was made here
 	$(PYTHON) -m venv .venv-cpu
 	.venv-cpu/bin/python $(PIP) torch==2.13.0
 	.venv-cpu/bin/python $(PIP) --editable ".[test]"
+	@touch $@
+
+# pyenv finds the version by this variable; without pyenv the name is enough.
+.venv-oldest/.test: pyproject.toml
+	PYENV_VERSION=3.10 python3.10 -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) --editable ".[test,torchvision]" torch==2.4.1 torchvision==0.19.1 "numpy==1.26.*"
+	@touch $@
+
+# Triton 3.6's interpreter indexes as NumPy 2.4 and newer forbid.
+.venv-2.11/.test: pyproject.toml
+	PYENV_VERSION=3.12 python3.12 -m venv .venv-2.11
+	.venv-2.11/bin/python $(PIP) --editable ".[test,torchvision]" torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 	@touch $@
