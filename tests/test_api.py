@@ -19,8 +19,8 @@ import alrp_triton
 from alrp_triton import alrp_loss, ap_loss, autograd, rank_sort_loss
 from alrp_triton.dispatch import Backend
 from tests.cases import FINITE
-from tests.conftest import ROOT, run_together
 from tests.inside import Inside, replace_kernels
+from tests.processes import ROOT, run_together
 
 
 def test_public_names() -> None:

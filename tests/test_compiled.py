@@ -6,15 +6,13 @@ Compiling is left to a process of its own, which starts with the test session: h
 import json
 import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from alrp_triton import cost
 from bench import model
-from tests.conftest import ROOT
+from tests.processes import ROOT, run_together
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 
@@ -22,8 +20,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.machine_code"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    (done,) = run_together(["-m", "bench.machine_code"], environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
