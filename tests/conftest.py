@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on the same tests."""
 
 import os
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ def environment_for(device_type: str) -> dict[str, str]:
 
 
 os.environ.update(environment_for(DEVICE))
+if sys.platform == "linux":  # all processes are on this machine, whose name need not be known to any network
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def cannot_run(backend: str, device_type: str) -> str | None:
