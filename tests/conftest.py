@@ -1,38 +1,47 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on the same tests."""
 
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT as ROOT
+from tests.processes import TORCHRUN as TORCHRUN
+from tests.processes import run_together as run_together
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, that is before their first use
+BACKENDS = ("torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binned")
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-"""Arguments of Python, before a script or ``-m`` and a module, that run it in two processes."""
+def environment_for(device_type: str) -> dict[str, str]:
+    """What has to be in the environment before the first use of Triton's kernels, and of CUDA."""
+    if device_type == "cpu":
+        return {"TRITON_INTERPRET": "1"}
+    # cuBLAS is deterministic with it alone, and torch refuses products of matrices without.
+    return {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
 
 
-def run_together(*commands: list[str], timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
-    """Python with these arguments, all at once, from the repository's root."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for command in commands
-    ]
-    done: list[subprocess.CompletedProcess[str]] = []
-    for process in processes:
-        output, errors = process.communicate(timeout=timeout)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
-    return done
+os.environ.update(environment_for(DEVICE))
+if sys.platform == "linux":  # all processes are on this machine, whose name need not be known to any network
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def cannot_run(backend: str, device_type: str) -> str | None:
+    """Why a backend does not run on tensors of a device; None: it has to. Triton's do on a CPU, in its interpreter."""
+    if backend.startswith("numba") and device_type != "cpu":
+        return f"backend={backend!r} needs a CPU"
+    return None
+
+
+def or_skip(backend: str, device_type: str = DEVICE) -> str:
+    """The backend, in a test that hands it tensors of the device; where it cannot run, the test is skipped."""
+    if reason := cannot_run(backend, device_type):
+        pytest.skip(reason)
+    return backend
 
 
 # Tests that do not say themselves how many random cases they take: tests/test_fuzz.py.
@@ -56,14 +65,26 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=["torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binned"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return or_skip(request.param)
+
+
+@contextmanager
+def deterministic() -> Generator[None]:
+    """Uninitialised memory reads as NaN, and an operation without a deterministic form is an error."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """Uninitialised memory reads as NaN, and an operation without a deterministic form is an error."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with deterministic():
+        yield

@@ -292,6 +292,11 @@ def skips_a_call(rank: int, world: int) -> None:
 BREAK_THE_GROUP = ("dies", "calls_nothing", "calls_another_collective")
 
 
+def get_ready() -> None:
+    """All that takes long the first time, so that no process waits for another while that one compiles."""
+    alrp_loss(*draw(0, [20], [""])[0][:3])
+
+
 def dies(rank: int, world: int) -> None:
     """One process is killed between two steps; for the others the next step is an error."""
     shard = draw(0, [20] * world, [""] * world)[rank]
@@ -319,9 +324,10 @@ if __name__ == "__main__":
     world, store, timeout, *jobs, of_rank = sys.argv[1:]
     rank = int(of_rank.removeprefix("rank="))
     torch.set_num_threads(1)
+    get_ready()
     Path(f"{store}.{rank}").touch()
     while not all(Path(f"{store}.{other}").exists() for other in range(int(world))):
-        time.sleep(0.01)  # the timeout may be shorter than what one needs to import torch after the other
+        time.sleep(0.1)  # the timeout may be shorter than what one needs to get ready after the other
     settings = {"init_method": f"file://{store}", "rank": rank, "world_size": int(world)}
     with process_group("gloo", timeout=timedelta(seconds=float(timeout)), **settings):
         for job in jobs:

@@ -17,6 +17,8 @@ import torch
 pytest.importorskip("torchvision.ops", reason="torchvision is the examples', not the package's", exc_type=ImportError)
 pytest.importorskip("sklearn", reason="scikit-learn is the examples', not the package's")
 pytest.importorskip("matplotlib", reason="matplotlib is the examples', not the package's")
+pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is the examples', not the package's")
+pytest.importorskip("pycocotools", reason="pycocotools is the tests', not the package's")
 
 from PIL import Image
 from pycocotools.coco import COCO
@@ -26,7 +28,7 @@ from examples.coco import __main__ as command_line
 from examples.coco.data import CocoDetection, Split, StepSampler, find_split, make_loader
 from examples.coco.evaluate import as_results, detect, evaluate
 from examples.coco.train import Run, Settings, train
-from tests.conftest import TORCHRUN, run_together
+from tests.processes import TORCHRUN, run_together
 
 CPU = torch.device("cpu")
 SMALL = Settings(

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("torchvision.ops", reason="the comparison needs torchvision", exc_type=ImportError)
 pytest.importorskip("sklearn", reason="the comparison's data are scikit-learn's")
+pytest.importorskip("faster_coco_eval", reason="the comparison evaluates with faster-coco-eval")
 
 from bench import comparison, side_by_side
 from examples import digits

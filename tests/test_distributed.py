@@ -2,7 +2,6 @@
 
 # pyright: reportPrivateUsage=false
 import subprocess
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +10,14 @@ import torch
 import torch.distributed as dist
 
 from alrp_triton import alrp_loss, distributed, operators
-from tests.conftest import TORCHRUN, run_together
+from tests.processes import TORCHRUN, run_together
 
 Processes = list[subprocess.CompletedProcess[str]]
+LONG = 1800.0
+"""Seconds that gloo gives a group if nobody says otherwise. What hangs is told from what is slow without it."""
 
 
-def start(jobs: list[str], world: int, store: Path, timeout: float) -> Processes:
+def start(jobs: list[str], world: int, store: Path, timeout: float = LONG) -> Processes:
     """Run jobs of tests/ranks.py on so many processes, and wait for them."""
     # torch 2.13 warns of deprecation where it compiles any autograd function.
     command = [
@@ -45,7 +46,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         *(["compiled"] if request.param == 2 else []),
         "skips_a_call",
     ]
-    return start(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store", 60)
+    return start(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store")
 
 
 def assert_done(processes: Processes, job: str) -> None:
@@ -94,12 +95,11 @@ def test_compiles_without_a_graph_break(processes: Processes) -> None:
 
 @pytest.mark.parametrize("job", ["dies", "calls_nothing", "calls_another_collective"])
 def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
-    begin = time.monotonic()
+    """Within the timeout of the group, which is short; tests/processes.py ends those that hang."""
     processes = start([job], 3 if job == "dies" else 2, tmp_path / "store", 3)
     killed = [process for process in processes if process.returncode == -9]
     assert len(killed) == (job == "dies")
     assert_done([process for process in processes if process not in killed], job)
-    assert time.monotonic() - begin < 60
 
 
 def test_the_example_learns() -> None:

@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +12,8 @@ import torch
 
 from alrp_triton.metrics import LRPErrors, coco_lrp, coco_olrp, lrp_at, lrp_curve, optimal_lrp
 from reference import lrp as reference
-from tests.conftest import ROOT
 from tests.detections import COCO_PACKAGES, assert_result, evaluated, expected, make_metric, random_images
+from tests.processes import run_together
 
 NAN = float("nan")
 
@@ -222,9 +220,8 @@ def test_packages_are_imported_when_needed() -> None:
         "sys.modules['torchmetrics'] = None\n"
         "try: m.OptimalLRP\nexcept ImportError as e: print(e)"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    (done,) = run_together(["-W", "error", "-c", code])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "OptimalLRP needs torchmetrics: pip install 'alrp-triton[metrics]'"]
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import run_together
 from tests.detections import assert_metric, images_of, make_metric, random_images
+from tests.processes import run_together
 
 NAN = float("nan")
 
@@ -157,7 +157,7 @@ dist.destroy_process_group()
 
 def test_metric_gathers_over_gloo(tmp_path: Path) -> None:
     make_metric()
-    for done in run_together(*(["-c", GLOO, str(rank), str(tmp_path / "store")] for rank in range(2)), timeout=60):
+    for done in run_together(*(["-c", GLOO, str(rank), str(tmp_path / "store")] for rank in range(2))):
         assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.report import fill, pages
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
 

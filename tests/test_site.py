@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from docs.tools import figures, notebook
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 
 def test_navigation_has_every_page() -> None:

@@ -1,8 +1,6 @@
 """Python calls on torch's threads: all are made, on several threads, and what one raises arrives."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -12,7 +10,10 @@ import pytest
 import torch
 
 from alrp_triton.backends import threads
-from tests.conftest import ROOT
+from tests.processes import run_together
+
+PATIENCE = 600
+"""Seconds after which threads that wait for each other give up; no machine is so busy."""
 
 
 @pytest.fixture(params=["openmp", "threads"], autouse=True)
@@ -26,7 +27,7 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gen
 
 
 def test_all_tasks_run_and_at_the_same_time() -> None:
-    meeting = threading.Barrier(2, timeout=30)
+    meeting = threading.Barrier(2, timeout=PATIENCE)
     done: list[int] = []
     others: list[Callable[[], object]] = [partial(done.append, i) for i in range(20)]
     threads.run([meeting.wait, meeting.wait, *others])
@@ -82,8 +83,7 @@ def test_an_interrupt_is_raised_wherever_it_comes(team: str) -> None:
     if team == "threads":
         pytest.skip("interrupts in Python's own pool are Python's business")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
-    command = [sys.executable, "-c", INTERRUPTS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    (done,) = run_together(["-c", INTERRUPTS], environment=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
 
@@ -98,5 +98,5 @@ def test_many_callers_at_once() -> None:
     for thread in callers:
         thread.start()
     for thread in callers:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert sorted(done) == list(range(8))

@@ -12,6 +12,7 @@ from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.dispatch import Backend
 from tests.cases import FINITE, draw
 from tests.compare import assert_balanced
+from tests.conftest import DEVICE
 
 Loss = Callable[..., Tensor]
 
@@ -189,10 +190,18 @@ def test_the_triton_kernels_repeat_themselves(name: str, backend: Backend, devic
         assert torch.equal(gradient, results[0][1])
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+
+@pytest.fixture(params=[True, False], ids=["deterministic", "as torch is"])
+def setting(request: pytest.FixtureRequest) -> None:
+    """Of torch.use_deterministic_algorithms, which lets torch take other kernels; put back after each test."""
+    torch.use_deterministic_algorithms(request.param)
 
 
 @needs_gpu
+@pytest.mark.usefixtures("setting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", ["triton_tiled", "triton_binned"])
 def test_the_host_does_not_wait_for_the_gpu(name: str, backend: Backend) -> None:
@@ -210,6 +219,7 @@ def test_the_host_does_not_wait_for_the_gpu(name: str, backend: Backend) -> None
 
 
 @needs_gpu
+@pytest.mark.usefixtures("setting")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", ["triton_tiled", "triton_binned"])
 def test_captured_in_a_cuda_graph_and_replayed(name: str, backend: Backend) -> None:
