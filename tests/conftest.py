@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from tests.processes import ROOT as ROOT
 from tests.processes import TORCHRUN as TORCHRUN
 from tests.processes import run_together as run_together
 
+
+def version_of(package: str) -> tuple[int, ...] | None:
+    """The first two numbers of its version; None where it is not installed."""
+    try:
+        return tuple(map(int, version(package).split(".")[:2]))
+    except PackageNotFoundError:
+        return None
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = version_of("triton")
 BACKENDS = ("torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binned")
 
 
@@ -30,10 +41,14 @@ if sys.platform == "linux":  # all processes are on this machine, whose name nee
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def cannot_run(backend: str, device_type: str) -> str | None:
+def cannot_run(backend: str, device_type: str, triton: tuple[int, ...] | None = TRITON) -> str | None:
     """Why a backend does not run on tensors of a device; None: it has to. Triton's do on a CPU, in its interpreter."""
     if backend.startswith("numba") and device_type != "cpu":
         return f"backend={backend!r} needs a CPU"
+    if backend.startswith("triton") and triton is None:
+        return f"backend={backend!r} needs the package triton"
+    if backend.startswith("triton") and triton < (3, 4):
+        return f"backend={backend!r} needs triton 3.4"
     return None
 
 
@@ -65,9 +80,17 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture(autouse=True)
+def of_this_place(request: pytest.FixtureRequest) -> None:
+    """A test for a named backend, by its parameter, runs where that does."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    for name in ("backend", "kernels"):
+        or_skip(parameters.get(name, "auto"))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    return or_skip(request.param)
+    return request.param
 
 
 @contextmanager

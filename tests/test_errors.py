@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,8 +223,35 @@ def test_triton_backend_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
             return False
 
     monkeypatch.setattr(dispatch, "_module", {"triton_tiled": NoGPU}.__getitem__)
+    monkeypatch.setattr(dispatch, "_triton_lacks", lambda: "")
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA or ROCm GPU, but the logits are on 'cpu'"):
         alrp_loss(**GOOD, backend="triton")
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
-    with pytest.raises(ValueError, match="backend='triton' needs the package triton, which is not installed"):
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "needs the package triton, which is not installed"), ("3.3.1", "needs triton 3.4 or newer.* found 3.3.1")],
+)
+def test_triton_that_is_not_there_or_old(version: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU then runs by default is torch's operations."""
+    from alrp_triton import dispatch
+
+    lacks = dispatch._triton_lacks.__wrapped__  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(dispatch, "_triton_lacks", lacks)
+    found = None if version is None else ModuleSpec("triton", None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: found)  # pyright: ignore
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: SimpleNamespace(__version__=version))  # pyright: ignore
+    with pytest.raises(ValueError, match=f"backend='triton' {message}"):
         alrp_triton.alrp_loss(**GOOD, backend="triton")
+    assert dispatch.resolve("auto", "cuda", 1000, 1000) == "torch"
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0+git1a2b3c"])
+def test_triton_that_is_new_enough(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alrp_triton import dispatch
+
+    lacks = dispatch._triton_lacks.__wrapped__  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(dispatch, "_triton_lacks", lacks)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: ModuleSpec("triton", None))  # pyright: ignore
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: SimpleNamespace(__version__=version))  # pyright: ignore
+    assert dispatch.resolve("auto", "cuda", 1, 1) == "triton_tiled"

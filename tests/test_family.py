@@ -16,7 +16,6 @@ from bench.timing import peak_memory
 from reference import dense, loop
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
-from tests.conftest import or_skip
 from tests.test_loss import SMALL_FP
 
 BACKENDS = ("torch", "numba", "triton")
@@ -25,7 +24,7 @@ BACKENDS = ("torch", "numba", "triton")
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """What is of size N is the operator's, which has tests of its own for all backends."""
-    return or_skip(request.param)
+    return request.param
 
 
 def ious_of(case: Case) -> NDArray[np.float32]:
