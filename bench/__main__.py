@@ -68,8 +68,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     gpu.add_argument("--out", type=Path, metavar="DIR", help="folder of the result file and its log (bench/results)")
     gpu.add_argument("--minutes", type=float, metavar="M", help=f"for all of it (default {runner.MINUTES:g})")
     gpu.add_argument("--commit", metavar="TEXT", help="of this code, where there is no git to ask")
-    gpu.add_argument("--steps", nargs="+", choices=runner.STEPS, default=runner.STEPS, metavar="STEP", help="only these")
-    gpu.add_argument("--rehearse", action="store_true", help="every part on the CPU, at toy sizes; its times mean nothing")
+    gpu.add_argument(
+        "--steps", nargs="+", choices=runner.STEPS, default=runner.STEPS, metavar="STEP", help="only these"
+    )
+    gpu.add_argument(
+        "--rehearse", action="store_true", help="every part on the CPU, at toy sizes; its times mean nothing"
+    )
     commands.add_parser("report", help="make the tables of README and docs, and the plots, from bench/results")
     show = commands.add_parser("show", help="print all tables of a result file")
     show.add_argument("file", type=_report_file, help="JSON file of a run")
@@ -158,7 +162,9 @@ def _compiled(out: Path) -> int:
 
 def _show(file: Path) -> int:
     report = json.loads(file.read_text())
-    print(*([render(report, "all"), render(report, "model")] if "kernels" in report else [markdown(report)]), sep="\n\n")
+    print(
+        *([render(report, "all"), render(report, "model")] if "kernels" in report else [markdown(report)]), sep="\n\n"
+    )
     return 0
 
 

@@ -52,7 +52,9 @@ def diff(before: Report, after: Report, names: tuple[str, str] = ("A", "B")) -> 
         _check(report, name)
     devices = [report["run"]["device"] for report in (before, after)]
     if devices[0] != devices[1] or is_gpu(before) != is_gpu(after):
-        raise ValueError(f"times of two devices are not compared: {names[0]} is of {devices[0]}, {names[1]} of {devices[1]}")
+        raise ValueError(
+            f"times of two devices are not compared: {names[0]} is of {devices[0]}, {names[1]} of {devices[1]}"
+        )
     a, b = _times(before), _times(after)
     both = sorted((key for key in a if key in b), key=lambda key: b[key][1] / a[key][1])
     lines: list[list[str]] = []
@@ -64,7 +66,18 @@ def diff(before: Report, after: Report, names: tuple[str, str] = ("A", "B")) -> 
         least, most = b[key][0] / a[key][2], b[key][2] / a[key][0]
         times = [f"{number(q[1])} ({number(q[0])} to {number(q[2])})" for q in (a[key], b[key])]
         lines.append([what, contender, kind, *size, *times, f"{ratio:.3f}", f"{least:.3f} to {most:.3f}"])
-    head = ["size", "contender", "time", "N", "P", "delta", f"{names[0]} ms", f"{names[1]} ms", "B / A", "p20/p80 to p80/p20"]
+    head = [
+        "size",
+        "contender",
+        "time",
+        "N",
+        "P",
+        "delta",
+        f"{names[0]} ms",
+        f"{names[1]} ms",
+        "B / A",
+        "p20/p80 to p80/p20",
+    ]
     parts = [f"{devices[0]}. A: {commit(before['run'])}. B: {commit(after['run'])}.", table(head, lines, left=3)]
     alone = [f"{len(set(x) - set(y))} in {name} alone" for x, y, name in ((a, b, names[0]), (b, a, names[1]))]
     parts.append(f"{len(both)} times in both; {', '.join(alone)}.")

@@ -1,4 +1,4 @@
-"""What stands before the loss of a RetinaNet's head and sees what goes in, which gradients come out, and how long it takes."""
+"""What stands before the loss of a RetinaNet's head: sees what goes in and which gradients come out, takes its time."""
 
 import time
 from collections.abc import Callable

@@ -112,7 +112,9 @@ def classes_of(size: Size) -> int:
     """Classes C of a size in which anchors have class indices: those of its detector, else as many as leave anchors."""
     if size.case:
         return CLASSES.get(size.case, 80)
-    return next(c for c in (80, 20, 5, 1) if size.anchors % c == 0 and (c == 1 or size.anchors // c >= 2 * size.positives))
+    return next(
+        c for c in (80, 20, 5, 1) if size.anchors % c == 0 and (c == 1 or size.anchors // c >= 2 * size.positives)
+    )
 
 
 def draw_problem(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:

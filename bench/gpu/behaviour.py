@@ -1,10 +1,13 @@
-"""What a loss does besides being right: waits for nothing, captures, compiles, repeats, asserts; shards of correctness."""
+"""What a loss does besides being right: it waits for nothing, is captured, compiled, repeatable, and asserts.
+
+Shards of correctness.
+"""
 
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,7 +74,7 @@ def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 @contextmanager
-def _waiting_is_an_error(context: Context) -> Iterator[None]:
+def _waiting_is_an_error(context: Context) -> Generator[None, None, None]:
     """An operation of torch that waits for the device raises, on any thread."""
     if context.rehearse:
         yield
@@ -123,14 +126,16 @@ def _repeats(context: Context, backend: str) -> Iterator[Record]:
         for _ in range(times - 1):
             if other is not None:
                 with torch.cuda.stream(other):
-                    matrix @ matrix  # noqa: B018
+                    torch.mm(matrix, matrix)
             same += _equal(step_of(loss, problem, backend=backend), first)
         yield record(f"{loss}: the same bits, {times} times", same == times, backend=backend, same=same)
 
 
 def _steps(context: Context) -> list[Unit]:
     of = {"waits": _waits, "repeats": _repeats}
-    return [Unit(f"{name}, {backend}", partial(unit, context, backend)) for backend in TRITON for name, unit in of.items()]
+    return [
+        Unit(f"{name}, {backend}", partial(unit, context, backend)) for backend in TRITON for name, unit in of.items()
+    ]
 
 
 def _graphs(context: Context, backend: str, loss: str) -> Iterator[Record]:
@@ -207,7 +212,7 @@ def _process_group(context: Context) -> Iterator[Record]:
     if not context.rehearse:
         torch.cuda.set_device(0)
     with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        store = dist.FileStore(str(Path(folder) / "store"), 1)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(kind, store=store, rank=0, world_size=1)
         problem = _problem(context)
         for backend in TRITON:
@@ -257,9 +262,10 @@ class Compilations:
     def __enter__(self) -> "Compilations":
         import triton
 
-        if hasattr(triton, "knobs"):
-            holder, before, after = triton.knobs.runtime, "jit_cache_hook", "jit_post_compile_hook"
-        else:  # until 3.3
+        knobs: Any = getattr(triton, "knobs", None)
+        if knobs is not None:
+            holder, before, after = knobs.runtime, "jit_cache_hook", "jit_post_compile_hook"
+        else:  # until triton 3.3
             holder, before, after = triton.JITFunction, "cache_hook", "compiled_hook"
         self._holder, self._hooks = holder, (before, after)
         setattr(holder, before, self._before)

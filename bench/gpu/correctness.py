@@ -3,7 +3,7 @@
 Shards of :mod:`.behaviour` and :mod:`.extremes` run beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,10 +32,22 @@ from .work import Context, Record, Unit
 BACKENDS = ("triton_binned", "triton_tiled", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGE = 1e-5  # float32 sums over 1e6 negatives and 1e3 positives stay well below
-INTEGERS = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
-DENSE_TARGETS = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int64", "uint8", "int8", "int16", "int32", "uint16", "uint32", "uint64")
+DENSE_TARGETS = (
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint16",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+)
 _AT_DELTA_0 = ("random", "ties", "more_than_a_block", "wide_scores")
-_REHEARSED = ("random", "hard_ties", "no_positives", "nan_negative", "below_eps", "one_pair")
+_REHEARSED = ("hard_ties", "one_pair", "no_positives", "nan_negative")
 # Around the blocks of all kernels: 256 and 2048 columns, 512 and 1024, 16 anchors by 64 classes.
 _SIZES = (1, 2, 3, 31, 33, 127, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4097, 10_007, 40_961)
 _LARGE = (
@@ -89,12 +101,14 @@ def units(shard: str, context: Context) -> list[Unit]:
             Unit(f"case {name}, delta 0", partial(_case, target, f"{name}, delta 0", cases[name]._replace(delta=0.0)))
             for name in _AT_DELTA_0
         ]
-    found += [Unit(f"offset {offset}", partial(_alignments, target, offset)) for offset in range(4)]
+    found += [Unit(f"offset {k}", partial(_alignments, target, k)) for k in context.some((1, 3, 2, 0), 2)]
     found += [Unit("strides", partial(_strides, target)), Unit("groups", partial(_groups, target))]
     if dtype == "float32":
-        found += [Unit(f"class indices {name}", partial(_classes, target, name)) for name in INTEGERS]
-        found += [Unit(f"dense targets {name}", partial(_dense, target, name)) for name in DENSE_TARGETS]
-    large = [Size("large", 3000, 20, 1.0, "mid-training")] if context.rehearse else _LARGE
+        found += [Unit(f"class indices {name}", partial(_classes, target, name)) for name in context.some(INTEGERS, 2)]
+        found += [
+            Unit(f"dense targets {name}", partial(_dense, target, name)) for name in context.some(DENSE_TARGETS, 2)
+        ]
+    large = [Size("large", 1600, 10, 1.0, "mid-training")] if context.rehearse else _LARGE
     return found + [Unit(f"N {size.anchors}, P {size.positives}", partial(_large, target, size)) for size in large]
 
 
@@ -111,7 +125,7 @@ def _against_oracle(
     sample: Sample,
     logits: Tensor,
     targets: Tensor,
-    losses: tuple[str, ...] = LOSSES,
+    losses: Sequence[str] = LOSSES,
     least: float = 0.0,
     **settings: Any,
 ) -> Iterator[Record]:
@@ -133,7 +147,7 @@ def _case(target: Target, name: str, case: Case) -> Iterator[Record]:
 
 def _alignments(target: Target, offset: int) -> Iterator[Record]:
     """Inputs that begin so many elements into their memory, with NaN and marks around them that nobody may look at."""
-    sizes = (1, 33, 257, 1025) if target.context.rehearse else _SIZES
+    sizes = (1, 257) if target.context.rehearse else _SIZES
     for n in sizes:
         case = draw(n + offset, n, max(min(n // 20, 150), 1))
         sample, logits = _sample(case, target.dtype)
@@ -145,7 +159,7 @@ def _alignments(target: Target, offset: int) -> Iterator[Record]:
         x.copy_(logits)
         t.copy_(torch.as_tensor(case.targets))
         before = {name: buffer.clone() for name, buffer in around.items()}
-        losses = LOSSES if n in (257, 1025, 2049) else LOSSES[:1]
+        losses = target.context.some(LOSSES, 1) if n in (257, 1025, 2049) else LOSSES[:1]
         yield from _against_oracle(target, f"N {n}, offset {offset}", sample, x, t, losses)
         same = all(torch.equal(a.nan_to_num(9), before[name].nan_to_num(9)) for name, a in around.items())
         untouched = Comparison("inputs are as before", 0.0 if same else np.inf, 0.0)
@@ -154,13 +168,13 @@ def _alignments(target: Target, offset: int) -> Iterator[Record]:
 
 def _strides(target: Target) -> Iterator[Record]:
     """Logits and targets permuted, as a head's output (B, C, H, W) is."""
-    sample, logits = _sample(FINITE["random"], target.dtype)
-    shape = (10, 20, 5)
+    sample, logits = _sample(draw(0, 200 if target.context.rehearse else 1000, 20), target.dtype)
+    shape = (10, -1, 5)
     x, t = (a.to(target.context.device).reshape(shape).permute(2, 0, 1) for a in (logits, target.put(sample.targets)))
     seen, marks = (a.reshape(shape).transpose(2, 0, 1) for a in (sample.logits, sample.targets))
     assert not x.is_contiguous()
     turned = sample._replace(logits=seen, targets=marks)
-    yield from _against_oracle(target, "permuted", turned, x, t)
+    yield from _against_oracle(target, "permuted", turned, x, t, target.context.some(LOSSES, 1))
 
 
 def _groups(target: Target) -> Iterator[Record]:
@@ -172,12 +186,13 @@ def _groups(target: Target) -> Iterator[Record]:
     targets[2] = np.where(targets[2] == 0, -1, targets[2])
     values = rng.uniform(0, 2, int((targets == 1).sum())).astype(np.float32)
     forms = {"an image": np.array([7, 3, -(2**40), 4]), "an anchor": rng.integers(0, 5, shape[:2])}
-    for form, groups in forms.items():
-        for delta in (0.5, 0.0):
+    for form, groups in target.context.some(list(forms.items()), 1):
+        for delta in target.context.some((0.5, 0.0), 1):
             sample = Sample(logits.double().numpy(), targets, values, delta, groups=groups)
             x, t = logits.to(target.context.device), target.put(targets)
             name = f"groups, one {form}, delta {delta:g}"
-            yield from _against_oracle(target, name, sample, x, t, least=2e-6, groups=target.put(groups))
+            losses = target.context.some(LOSSES, 1)
+            yield from _against_oracle(target, name, sample, x, t, losses, 2e-6, groups=target.put(groups))
 
 
 def _classes(target: Target, integers: str) -> Iterator[Record]:
@@ -185,9 +200,10 @@ def _classes(target: Target, integers: str) -> Iterator[Record]:
     dtype, rng = getattr(torch, integers), np.random.default_rng(3)
     signed = integers.startswith("int")
     for shape, classes in (((3, 4, 5), 7), ((3000,), 80), ((50,), 1), ((40,), 130)):
-        if target.context.rehearse and shape == (3000,):
+        if target.context.rehearse and shape != (3, 4, 5):
             continue
-        for background, ignored in ((None, -1), (classes + 3, classes + 2), (0, classes + 1)):
+        settings = ((classes + 3, classes + 2), (None, -1), (0, classes + 1))
+        for background, ignored in target.context.some(settings, 1):
             nothing = classes if background is None else background
             largest = max(nothing, ignored)
             if (not signed and ignored < 0) or largest > torch.iinfo(dtype).max:
@@ -202,15 +218,15 @@ def _classes(target: Target, integers: str) -> Iterator[Record]:
             sample = Sample(logits.double().numpy(), dense, values)
             indices = torch.as_tensor(of).to(dtype).to(target.context.device)
             name = f"classes {integers}, {shape} of {classes}, background {background}, ignored {ignored}"
-            losses = LOSSES if integers == "int64" and not target.context.rehearse else LOSSES[:1]
+            losses = target.context.some(LOSSES, 1) if integers == "int64" else LOSSES[:1]
             x = logits.to(target.context.device)
-            settings = {"background": background, "ignore_index": ignored}
-            yield from _against_oracle(target, name, sample, x, indices, losses, **settings)
+            what: dict[str, Any] = {"background": background, "ignore_index": ignored}
+            yield from _against_oracle(target, name, sample, x, indices, losses, **what)
 
 
 def _dense(target: Target, kind: str) -> Iterator[Record]:
     dtype = getattr(torch, kind)
-    case = draw(1, 5003, 60, ignored=0.2 if dtype.is_signed else 0.0)
+    case = draw(1, 300 if target.context.rehearse else 5003, 20, ignored=0.2 if dtype.is_signed else 0.0)
     sample, logits = _sample(case, target.dtype)
     targets = torch.as_tensor(case.targets).to(dtype).to(target.context.device)
     yield from _against_oracle(target, f"dense {kind}", sample, logits.to(targets.device), targets, LOSSES[:1])
@@ -220,7 +236,7 @@ def _large(target: Target, size: Size) -> Iterator[Record]:
     """Too large for the oracle's matrix: against the torch backend in float64, with class indices and dense targets."""
     problem = draw_problem(size, target.context.device, target.dtype, target.context.seed)
     dense = as_dense(problem, torch.int8)
-    for loss in LOSSES:
+    for loss in target.context.some(LOSSES, 1):
         values = problem.box_errors.detach()
         given = (1 - values).clamp(min=0.01) if loss == RANK_SORT else values.clone().requires_grad_()
         exact = problem.logits.detach().double().requires_grad_()

@@ -1,7 +1,7 @@
 """What the kernels of a step move and reach, by the device's own counters, which ``ncu`` reads where it is there.
 
-Each setting is a process of its own under ncu, which profiles all launches of one step after a first: so that no name of
-a kernel is to be known here. Those that take long are kept.
+Each setting is a process of its own under ncu, which profiles all launches of one step after a first: no name of a
+kernel is to be known here. Those that take long are kept.
 
 ``python -m bench.gpu.counters SETTING`` is that process.
 """
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.cuda import profiler
 
 from alrp_triton import alrp_loss
+from alrp_triton.dispatch import Backend
 
 from ..contenders import take_step
 from ..problems import CASES, Size, draw_problem
@@ -47,7 +49,7 @@ _BASE = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9,
 class Setting(NamedTuple):
     """A step to be looked at."""
 
-    backend: str
+    backend: Backend
     case: str
     scores: str
     dtype: str = "float32"
@@ -110,8 +112,19 @@ def _run(
     """The process under ncu; and what ncu says."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
-        # Clocks stay as they are. All launches between start and stop of the profiler, of this process and its children.
-        command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--log-file", str(log)]
+        # Clocks stay as they are; all launches between start and stop of the profiler.
+        command = [
+            ncu,
+            "--csv",
+            "--page",
+            "raw",
+            "--print-units",
+            "base",
+            "--clock-control",
+            "none",
+            "--log-file",
+            str(log),
+        ]
         command += ["--target-processes", "all", "--profile-from-start", "off", "--metrics", ",".join(metrics)]
         command += [sys.executable, "-m", "bench.gpu.counters", name]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=max(context.left, 1.0))
@@ -130,7 +143,7 @@ def number(text: str, unit: str) -> float | None:
 
 
 def parse(text: str) -> list[Record]:
-    """Launches in the order of their times, from ncu's raw page in CSV: a row of names, one of units, a row a launch."""
+    """Launches, longest first, from ncu's raw page in CSV: a row of names, one of units, and a row a launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]  # ncu talks between them
     if not lines:
         return []
@@ -157,10 +170,10 @@ def main() -> None:
     step = partial(take_step, partial(alrp_loss, backend=setting.backend), problem)
     step()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()  # pyright: ignore[reportAttributeAccessIssue]
+    profiler.start()
     step()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()  # pyright: ignore[reportAttributeAccessIssue]
+    profiler.stop()
 
 
 if __name__ == "__main__":

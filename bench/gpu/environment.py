@@ -127,7 +127,7 @@ def _launches(context: Context) -> Iterator[Record]:
 
     def kernels() -> None:
         for _ in range(count):
-            empty_kernel[(1,)](x, 16, BLOCK=16)
+            empty_kernel[(1,)](x, 16, BLOCK=16)  # pyright: ignore[reportArgumentType]
 
     def operations() -> None:
         for _ in range(count):

@@ -27,7 +27,10 @@ def _units(context: Context) -> list[Unit]:
         free = torch.cuda.mem_get_info()[0]
         if free < _BYTES:
             raise Skipped(f"{_BYTES >> 30} GiB of memory are wanted, {free >> 30} are free")
-    return [Unit(f"2**31 logits, {backend}", partial(_large, context, backend)) for backend in ("triton_binned", "triton_tiled")]
+    return [
+        Unit(f"2**31 logits, {backend}", partial(_large, context, backend))
+        for backend in ("triton_binned", "triton_tiled")
+    ]
 
 
 SHARDS: dict[str, Callable[[Context], list[Unit]]] = {"2**31 logits": _units}

@@ -1,4 +1,4 @@
-"""Each loss of the family, as the package computes it and as the oracle does, under the same names; and how they differ."""
+"""Each loss of the family as the package computes it, and as the oracle does, under the same names; how they differ."""
 
 import math
 from typing import Any, NamedTuple

@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -63,9 +64,7 @@ class Run:
         jobs_of: the shards of a step.
     """
 
-    def __init__(
-        self, report: Report, options: Options, command: Command, jobs_of: Callable[[str], list[str]]
-    ) -> None:
+    def __init__(self, report: Report, options: Options, command: Command, jobs_of: Callable[[str], list[str]]) -> None:
         self.report, self.options, self.jobs_of = report, options, jobs_of
         self.lock = threading.Lock()
         self.wrong: list[str] = []
@@ -120,7 +119,7 @@ class Run:
         with ThreadPoolExecutor(count) as executor:
             jobs = [Job(step, shard) for shard in shards]
             try:
-                outcomes = list(executor.map(lambda job: self.pool.run(job, end, grace), jobs))
+                outcomes = list(executor.map(partial(self.pool.run, end=end, grace=grace), jobs))
             except BaseException:
                 self.pool.close()  # before the executor waits for its threads, which wait for processes
                 raise
@@ -181,7 +180,9 @@ def _refuse(options: Options) -> str:
     if options.minutes is not None and not options.minutes > 0:
         return f"--minutes must be more than 0, got {options.minutes:g}"
     if not options.rehearse and not torch.cuda.is_available():
-        return "There is no GPU that torch can use here. `python -m bench gpu --rehearse` tries the command without one."
+        return (
+            "There is no GPU that torch can use here. `python -m bench gpu --rehearse` tries the command without one."
+        )
     return ""
 
 
@@ -202,7 +203,9 @@ def main(options: Options, command: Command | None = None, jobs_of: Callable[[st
     head: Record = {"run": run, "rehearsal": options.rehearse, "finished": False, "wrong": list[str]()}
     report = Report(file, plain(head))
     report.head["minutes"] = options.minutes
-    print(f"{'A rehearsal on the CPU, whose times mean nothing' * options.rehearse or run['device']}: {file}", flush=True)
+    print(
+        f"{'A rehearsal on the CPU, whose times mean nothing' * options.rehearse or run['device']}: {file}", flush=True
+    )
     work = Run(report, options, command or command_of(options.rehearse), jobs_of or shards_of(options.rehearse))
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -218,6 +221,8 @@ def main(options: Options, command: Command | None = None, jobs_of: Callable[[st
     except KeyboardInterrupt as reason:
         print(f"ended by {reason}", file=sys.stderr)
         report.head["ended_by"] = str(reason)
+        for step in report.steps.values():
+            step["status"] = "cut short" if step["status"] == "running" else step["status"]
     finally:
         work.close()
         for number, handler in before.items():

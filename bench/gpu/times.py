@@ -1,7 +1,7 @@
 """Time of forward and backward, of the package's backends and of what else one could do, size by size.
 
-At a size contenders take turns, sample by sample, so that ratios come from the same seconds of the same clocks. The sizes
-that matter most come first: a short run has those.
+At a size contenders take turns, sample by sample, so that ratios come from the same seconds of the same clocks. The
+sizes that matter most come first: a short run has those.
 """
 
 import time
@@ -54,7 +54,7 @@ class Setup(NamedTuple):
 _ALL = (*OURS, TORCH, FOCAL, FOCAL_COMPILED, LOOP, DENSE, BUCKETED, FLOOR)
 _SOME = (*OURS, FOCAL, FLOOR)
 _FIRST = ("ATSS", "RetinaNet", "DETR, a decoder layer", "Faster R-CNN, RPN", "Faster R-CNN, head")
-_GRID = [(n, p) for n in (100_000, 400_000, 1_000_000, 4_000_000, 16_000_000) for p in (10, 30, 60, 100, 150, 220, 400, 1000)]
+_GRID_N, _GRID_P = (100_000, 400_000, 1_000_000, 4_000_000, 16_000_000), (10, 30, 60, 100, 150, 220, 400, 1000)
 
 
 def _case(case: str, scores: str = "mid-training", group: str = "cases") -> Size:
@@ -73,18 +73,23 @@ def setups(rehearse: bool) -> list[Setup]:
         ]
     rest = [case for case in CASES if case not in (*_FIRST, "LVIS, ATSS")]
     found = [Setup(_case(case), _ALL) for case in (*_FIRST, *rest)]
-    for dtype in ("float32", "bfloat16"):
-        for scores in ("initialisation", "mid-training", "late"):
-            for form in ("classes", "int64", "int8") if scores == "mid-training" else ("classes",):
-                if (dtype, scores, form) != ("float32", "mid-training", "classes"):  # among the cases
-                    found.append(Setup(_case("RetinaNet", scores, "distributions"), _SOME, dtype, form))
+    kinds = [
+        ("initialisation", "classes"),
+        ("late", "classes"),
+        *(("mid-training", form) for form in ("int64", "int8")),
+    ]
+    found += [
+        Setup(_case("RetinaNet", scores, "distributions"), _SOME, dtype, form)
+        for dtype, more in (("float32", []), ("bfloat16", [("mid-training", "classes")]))
+        for scores, form in (*more, *kinds)
+    ]
     found.append(Setup(_case("ATSS", "mid-training", "distributions"), _SOME, "bfloat16"))
     sweep = partial(Size, delta=1.0, scores="mid-training")
     found += [Setup(sweep("anchors", n, 1000), (*_SOME, BUCKETED)) for n in (1_000_000, 10_000_000, 100_000, 10_000)]
     found += [Setup(sweep("positives", 10_000_000, p), _SOME) for p in (10, 100, 1000, 10_000, 100_000)]
-    found += [Setup(sweep("crossover", n, p), (TILED, BINNED)) for n, p in _GRID]
+    found += [Setup(sweep("crossover", n, p), (TILED, BINNED)) for n in _GRID_N for p in _GRID_P]
     found += [Setup(_case("LVIS, ATSS"), _SOME), Setup(sweep("anchors", 100_000_000, 1000), _SOME)]
-    return found + [Setup(sweep("anchors", 100_000_000, 1000), _SOME, "bfloat16")]
+    return [*found, Setup(sweep("anchors", 100_000_000, 1000), _SOME, "bfloat16")]
 
 
 def shards(rehearse: bool) -> list[str]:
@@ -204,8 +209,9 @@ class Session:
             step, entry.result = entry.result, None
             if step is None or name == BUCKETED:  # no loss of ours; an approximation
                 continue
-            gradient = step.grad_logits.reshape(-1)
-            first = gradient if first is None else first
+            gradient: Tensor = step.grad_logits.reshape(-1)
+            if first is None:
+                first = gradient
             entry.result = float((gradient - first).abs().max().double() / first.abs().max().double())
         self.tolerance = max(1e-5, GRADIENT[dtype])
 

@@ -1,8 +1,8 @@
-"""A detector in training on the device, with a ranking loss and with focal loss in turn: what share of a step the loss is.
+"""A detector in training on the device, with a ranking loss and with focal loss in turn: the loss' share of a step.
 
 The demo's small RetinaNet and its scenes of digits, bfloat16 autocast. Both runs take turns by blocks of steps, so that
-they see the same clocks. In some steps of a block the loss is cut off from the network, so that its forward and backward
-pass have a time of their own; the others are as they are in any training.
+they see the same clocks. In some steps of a block the loss is cut off from the network, so that its forward and
+backward pass have a time of their own; the others are as they are in any training.
 """
 
 import math

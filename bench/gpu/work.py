@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Record = dict[str, Any]
+Thing = TypeVar("Thing")
 
 
 class Unit(NamedTuple):
@@ -41,6 +42,10 @@ class Context:
     def device(self) -> torch.device:
         return torch.device("cpu" if self.rehearse else "cuda")
 
+    def some(self, of: Sequence[Thing], count: int) -> Sequence[Thing]:
+        """All of them; in a rehearsal the first few, for Triton's interpreter is slow."""
+        return of[:count] if self.rehearse else of
+
     @property
     def compiler(self) -> str:
         """Backend of torch.compile; a rehearsal takes the way there, and does not wait for a C++ compiler."""
@@ -71,5 +76,3 @@ def explain(error: BaseException) -> str:
     """An exception in a line or two."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:400]
-
-

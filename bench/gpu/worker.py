@@ -1,7 +1,7 @@
 """A process that does a shard of a step and prints what it finds, a JSON line each; :mod:`.runner` starts it.
 
-Lines: ``begin`` a unit, a ``record`` of it, an ``error`` of it, what was ``left_out`` for want of time, ``skipped`` with
-the reason; the last is ``end``. What libraries print goes to stderr.
+Lines: ``begin`` a unit, a ``record`` of it, an ``error`` of it, what was ``left_out`` for want of time, ``skipped``
+with the reason; the last is ``end``. What libraries print goes to stderr.
 """
 
 import argparse
