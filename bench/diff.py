@@ -53,7 +53,7 @@ def diff(before: Report, after: Report, names: tuple[str, str] = ("A", "B")) -> 
     devices = [report["run"]["device"] for report in (before, after)]
     if devices[0] != devices[1] or is_gpu(before) != is_gpu(after):
         raise ValueError(
-            f"times of two devices are not compared: {names[0]} is of {devices[0]}, {names[1]} of {devices[1]}"
+            f"times of two devices are not compared: {names[0]} is of {devices[0]}, {names[1]} is of {devices[1]}"
         )
     a, b = _times(before), _times(after)
     both = sorted((key for key in a if key in b), key=lambda key: b[key][1] / a[key][1])

@@ -1,6 +1,6 @@
 """Every kernel and dtype against the oracle, on the device: shards by backend and dtype, so that they compile at once.
 
-Shards of :mod:`.behaviour` and :mod:`.extremes` run beside them.
+Shards of :mod:`.compiling`, :mod:`.behaviour` and :mod:`.extremes` run beside them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 
 from ..problems import Size, as_dense, draw_problem
-from . import behaviour, extremes
+from . import behaviour, compiling, extremes
 from .oracles import (
     ALRP,
     LOSSES,
@@ -47,7 +47,7 @@ DENSE_TARGETS = (
     "float64",
 )
 _AT_DELTA_0 = ("random", "ties", "more_than_a_block", "wide_scores")
-_REHEARSED = ("hard_ties", "one_pair", "no_positives", "nan_negative")
+_REHEARSED = ("ties_at_knots", "one_pair", "no_positives", "nan_negative")
 # Around the blocks of all kernels: 256 and 2048 columns, 512 and 1024, 16 anchors by 64 classes.
 _SIZES = (1, 2, 3, 31, 33, 127, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4097, 10_007, 40_961)
 _LARGE = (
@@ -79,18 +79,16 @@ def shards(rehearse: bool) -> list[str]:
     """The longest first."""
     of_backends = [f"{backend} {dtype}" for dtype in DTYPES for backend in BACKENDS]
     if rehearse:
-        of_backends = ["triton_binned float32", "triton_tiled float32", "triton_binned bfloat16", "torch float64"]
-    first = [name for name in behaviour.SHARDS if behaviour.SHARDS[name].slow]
-    last = [name for name in behaviour.SHARDS if name not in first]
-    return [*first, *of_backends, *last, *extremes.SHARDS]
+        of_backends = ["triton_binned float32", "triton_tiled bfloat16", "torch float64"]
+    first = [name for name in compiling.SHARDS if not rehearse or name != compiling.RIVALS]
+    return [*first, *of_backends, *behaviour.SHARDS, *extremes.SHARDS]
 
 
 def units(shard: str, context: Context) -> list[Unit]:
     """The checks of a shard."""
-    if shard in behaviour.SHARDS:
-        return behaviour.SHARDS[shard].units(context)
-    if shard in extremes.SHARDS:
-        return extremes.SHARDS[shard](context)
+    others = compiling.SHARDS | behaviour.SHARDS | extremes.SHARDS
+    if shard in others:
+        return others[shard](context)
     backend, dtype = shard.split()
     target = Target(backend, getattr(torch, dtype), context)
     cases = {**FINITE, **NOT_FINITE}
@@ -142,7 +140,8 @@ def _case(target: Target, name: str, case: Case) -> Iterator[Record]:
     sample, logits = _sample(case, target.dtype)
     least = least_tolerance(name, target.backend, target.dtype, case.delta)
     where = target.context.device
-    yield from _against_oracle(target, name, sample, logits.to(where), target.put(case.targets), least=least)
+    losses = LOSSES if name == _REHEARSED[0] else target.context.some(LOSSES, 1)
+    yield from _against_oracle(target, name, sample, logits.to(where), target.put(case.targets), losses, least)
 
 
 def _alignments(target: Target, offset: int) -> Iterator[Record]:
@@ -186,6 +185,8 @@ def _groups(target: Target) -> Iterator[Record]:
     targets[2] = np.where(targets[2] == 0, -1, targets[2])
     values = rng.uniform(0, 2, int((targets == 1).sum())).astype(np.float32)
     forms = {"an image": np.array([7, 3, -(2**40), 4]), "an anchor": rng.integers(0, 5, shape[:2])}
+    if target.context.rehearse:
+        forms["an image"][1:3] = 7
     for form, groups in target.context.some(list(forms.items()), 1):
         for delta in target.context.some((0.5, 0.0), 1):
             sample = Sample(logits.double().numpy(), targets, values, delta, groups=groups)

@@ -92,6 +92,11 @@ class Pool:
         for process in alive:
             kill(process)
 
+    def close_log(self) -> None:
+        """When no job runs any more."""
+        with self._lock:
+            self._log.close()
+
     def run(self, job: Job, end: float, grace: float) -> Outcome:
         """Do a job until ``end`` on the monotonic clock, where it is killed; it is told to stop by itself before."""
         begin, done, crashed = time.monotonic(), 0, list[str]()
@@ -137,8 +142,9 @@ class Pool:
 
     def log(self, job: Job, line: str) -> None:
         with self._lock:
-            self._log.write(f"{job.name} {line.rstrip()}\n")
-            self._log.flush()
+            if not self._log.closed:  # of a process that did not let go of its stderr
+                self._log.write(f"{job.name} {line.rstrip()}\n")
+                self._log.flush()
 
 
 class _Attempt:
@@ -177,6 +183,7 @@ class _Attempt:
         finally:
             timer.cancel()
             self.pool.ended(process)
+            process.stdout.close()
             reader.join(_TO_END)
         if self._said_so:
             return outcome or Outcome("done", 0.0)
@@ -196,9 +203,10 @@ class _Attempt:
         kill(process)
 
     def _read_errors(self, stream: Any) -> None:
-        for line in stream:
-            self.last.append(line.rstrip()[:300])
-            self.pool.log(self.job, line)
+        with stream:
+            for line in stream:
+                self.last.append(line.rstrip()[:300])
+                self.pool.log(self.job, line)
 
     def _take(self, line: str, outcome: Outcome | None) -> Outcome | None:
         try:

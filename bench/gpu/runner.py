@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..run import RESULTS, describe_run
-from . import tables
+from . import printed
 from .processes import Command, Job, Outcome, Pool, command_of
 from .results import REHEARSAL, Report, claim
 from .work import Record, plain
@@ -97,7 +97,7 @@ class Run:
             if job.step in ("times", "training"):
                 record = marked(record, self.wrong_backends)
             self.compute_mode = record.get("compute_mode", self.compute_mode)
-            if line := tables.progress(job.step, record):
+            if line := printed.progress(job.step, record):
                 print(line, flush=True)
             self.report.add(job.step, plain(record))
 
@@ -132,6 +132,7 @@ class Run:
     def close(self) -> None:
         """End what is alive, and write what there is."""
         self.pool.close()
+        self.pool.close_log()
         with self.lock:
             self.report.write()
         self.scratch.cleanup()
@@ -228,6 +229,6 @@ def main(options: Options, command: Command | None = None, jobs_of: Callable[[st
         for number, handler in before.items():
             signal.signal(number, handler)
     found = report.as_dict()
-    print(tables.short(found), flush=True)
+    print(printed.short(found), flush=True)
     print(f"{file}\n{file.with_suffix('.log')}", flush=True)
     return status_of(found)

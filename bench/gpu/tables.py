@@ -1,4 +1,4 @@
-"""Tables of a run on a GPU: those in the pages, one for each device, and the short one that a run ends with."""
+"""Tables of a run on a GPU, as pages have them: one for each device."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,8 @@ def failures(report: Record) -> list[str]:
     ]
 
 
-def _warning(report: Record) -> str:
+def warning(report: Record) -> str:
+    """That results were wrong, and which; "" where none was."""
     wrong = failures(report)
     if not wrong:
         return ""
@@ -62,7 +63,7 @@ def head(report: Record) -> str:
 
 
 def _run(report: Record) -> str:
-    parts = [head(report), _warning(report)]
+    parts = [head(report), warning(report)]
     copies, launches = records(report, "environment", what="copy"), records(report, "environment", what="launch")
     if copies:
         parts.append(
@@ -136,7 +137,8 @@ def _heads(compared: list[str]) -> list[str]:
     return [*names, *(f"x {_FASTER[name]}" for name in compared), "/ copy"]
 
 
-def _rows(report: Record, *groups: str) -> list[Record]:
+def rows_of(report: Record, *groups: str) -> list[Record]:
+    """The times of some groups of sizes."""
     return [row for row in records(report, "times") if row.get("group") in groups]
 
 
@@ -157,7 +159,7 @@ def _modelled(report: Record, row: Record) -> str:
 
 
 def _cases(report: Record) -> str:
-    rows = _rows(report, "cases")
+    rows = rows_of(report, "cases")
     if not rows:
         return f"{head(report)}\n\n{_missing('named cases')}"
     compared = [name for name in _FASTER if any(row["contender"] == name for row in rows)]
@@ -178,18 +180,18 @@ def _cases(report: Record) -> str:
         "host's time in it. Host: to enqueue a step. GB/s: of the 12 N bytes that have to be moved. Modelled: both "
         "products of size N alone, from the machine code (`make compiled`)."
     )
-    return "\n\n".join(part for part in (head(report), _warning(report), text, note) if part)
+    return "\n\n".join(part for part in (head(report), warning(report), text, note) if part)
 
 
 def _sizes(report: Record) -> str:
-    parts = [head(report), _warning(report)]
+    parts = [head(report), warning(report)]
     titles = {
         "distributions": "scores, dtype, targets",
         "anchors": "number of logits",
         "positives": "number of positives",
     }
     for group, title in titles.items():
-        rows = _rows(report, group)
+        rows = rows_of(report, group)
         if not rows:
             parts.append(_missing(title))
             continue
@@ -204,7 +206,7 @@ def _sizes(report: Record) -> str:
 
 
 def _crossover(report: Record) -> str:
-    of = points(_rows(report, "crossover"))
+    of = points(rows_of(report, "crossover"))
     if not of:
         return f"{head(report)}\n\n{_missing('the crossover of tiled and binned')}"
     many, counts = (sorted({getattr(point, key) for point in of}) for key in ("anchors", "positives"))
@@ -217,7 +219,7 @@ def _crossover(report: Record) -> str:
             text = "" if point is None else number(point.tiled / point.binned)
             cells.append(f"**{text}**" if point is not None and point.faster != point.expected else text)
         lines.append([f"N = {n:,}", *cells])
-    parts = [head(report), _warning(report), table(["time of tiled / binned", *(f"P = {p:,}" for p in counts)], lines)]
+    parts = [head(report), warning(report), table(["time of tiled / binned", *(f"P = {p:,}" for p in counts)], lines)]
     wrong = sum(point.faster != point.expected for point in of)
     lost = [max(p.tiled, p.binned) / min(p.tiled, p.binned) for p in of if p.faster != p.expected]
     text = f"Above 1 binned is faster. The cost model takes the slower one at {wrong} of {len(of)} sizes (bold)"
@@ -292,40 +294,3 @@ def render(name: str, folder: Path = RESULTS) -> str:
 def markdown(report: Record) -> str:
     """All tables of a run."""
     return "\n\n".join(f"## {name}\n\n{make(report)}" for name, make in TABLES.items())
-
-
-def short(report: Record) -> str:
-    """What a run ends with: the steps, what failed, and the main times."""
-    steps = [
-        [name, of["status"], f"{of.get('seconds', 0):.0f}", str(len(of["records"])), of.get("reason", "")[:200]]
-        for name, of in report["steps"].items()
-    ]
-    parts = [head(report), table(["step", "status", "s", "records", "why"], steps, left=2)]
-    rows = [row for row in _rows(report, "cases") if "device_ms" in row]
-    lines = [
-        [row["case"], row["contender"] + (" WRONG" if row.get("wrong") else "")]
-        + [number(of[1]) if (of := row[key]) else "" for key in ("device_ms", "graph_ms", "host_ms")]
-        for row in rows
-    ]
-    if lines:
-        parts.append(table(["detector", "contender", "device ms", "graph ms", "host ms"], lines, left=2))
-    for text in (_crossover(report) if _rows(report, "crossover") else "", _training(report)):
-        parts += text.split("\n\n")[1:]
-    return "\n\n".join(part for part in (*parts, _warning(report)) if part)
-
-
-def progress(step: str, record: Record) -> str:
-    """A line for a record as it comes; of checks that passed none."""
-    if "error" in record and "check" not in record:
-        return f"  {record['error']}: {record.get('text', '')}"
-    if record.get("passed") is False:
-        detail = record.get("error") or {key: record[key] for key in record if key not in ("check", "passed")}
-        return f"  WRONG: {record['check']}: {detail}"
-    if step == "times" and "device_ms" in record:
-        what = f"{record['case'] or record['group']} N {record['anchors']} P {record['positives']} {record['dtype']}"
-        graph = number(record["graph_ms"][1]) if record["graph_ms"] else "-"
-        times = f"device {number(record['device_ms'][1])} graph {graph} host {number(record['host_ms'][1])} ms"
-        return f"  {what}: {record['contender']} {times}{' WRONG' if record.get('wrong') else ''}"
-    if "what" in record:
-        return "  " + " ".join(f"{key}={value}" for key, value in record.items())[:300]
-    return ""
