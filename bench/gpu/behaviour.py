@@ -23,9 +23,7 @@ from .losses import TRITON, losses_to_try, problem_of, record, step_of
 from .oracles import ALRP, difference
 from .work import Context, Record, Skipped, Unit, explain
 
-TRITON = ("triton_tiled", "triton_binned")
 _REPEATS = 20
-RIVALS = "focal loss"
 
 
 def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:

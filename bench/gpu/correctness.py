@@ -31,6 +31,7 @@ from .work import Context, Record, Unit
 
 BACKENDS = ("triton_binned", "triton_tiled", "torch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_OTHERS = "what else there is"  # of a rehearsal, in one process: to start one takes longer than what it does there
 LARGE = 1e-5  # float32 sums over 1e6 negatives and 1e3 positives stay well below
 INTEGERS = ("int64", "uint8", "int8", "int16", "int32", "uint16", "uint32", "uint64")
 DENSE_TARGETS = (
@@ -77,11 +78,10 @@ class Target(NamedTuple):
 
 def shards(rehearse: bool) -> list[str]:
     """The longest first."""
-    of_backends = [f"{backend} {dtype}" for dtype in DTYPES for backend in BACKENDS]
     if rehearse:
-        of_backends = ["triton_binned float32", "triton_tiled bfloat16", "torch float64"]
-    first = [name for name in compiling.SHARDS if not rehearse or name != compiling.RIVALS]
-    return [*first, *of_backends, *behaviour.SHARDS, *extremes.SHARDS]
+        return ["torch.compile", _OTHERS, "triton_binned float32", "triton_tiled bfloat16", "torch float64"]
+    of_backends = [f"{backend} {dtype}" for dtype in DTYPES for backend in BACKENDS]
+    return [*compiling.SHARDS, *of_backends, *behaviour.SHARDS, *extremes.SHARDS]
 
 
 def units(shard: str, context: Context) -> list[Unit]:
@@ -89,6 +89,9 @@ def units(shard: str, context: Context) -> list[Unit]:
     others = compiling.SHARDS | behaviour.SHARDS | extremes.SHARDS
     if shard in others:
         return others[shard](context)
+    if shard == _OTHERS:
+        names = [name for name in others if name not in ("torch.compile", compiling.RIVALS)]
+        return [unit for name in names for unit in others[name](context)]
     backend, dtype = shard.split()
     target = Target(backend, getattr(torch, dtype), context)
     cases = {**FINITE, **NOT_FINITE}
