@@ -12,7 +12,7 @@ import torch
 
 from bench import __main__ as command
 from bench import diff
-from bench.gpu import clock, counters, environment, oracles, results, tables
+from bench.gpu import clock, counters, environment, oracles, results, tables, times
 from bench.gpu.fit import BINNED, TILED, Point, fit, points
 from bench.gpu.work import Context, Record, plain
 from bench.problems import CASES, Size, as_dense, classes_of, draw_problem
@@ -272,7 +272,20 @@ def test_problems_drawn_on_the_device() -> None:
         assert all(torch.equal(a, b) for a, b in zip(problem[:3], twin[:3], strict=True))
     with pytest.raises(ValueError, match="are no anchors for 30 positives"):
         draw_problem(Size("cases", 800, 30, 1.0, "late", "ATSS"), CPU, torch.float32, 0)
-    assert all(n % classes_of(Size("cases", n, p, case=case)) == 0 for case, (n, p) in CASES.items())
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_all_that_is_to_be_timed_can_be_drawn(rehearse: bool) -> None:
+    wanted = times.setups(rehearse)
+    assert len({setup.name for setup in wanted}) == len(wanted)
+    for setup in wanted:
+        size = setup.size
+        assert size.anchors % classes_of(size) == 0
+        assert size.anchors // classes_of(size) >= size.positives
+    if not rehearse:
+        assert {setup.size.case for setup in wanted} >= set(CASES)
+        assert [setup.size.case for setup in wanted[:2]] == ["ATSS", "RetinaNet"]  # a short run has those
+        assert {times.LOOP, times.BUCKETED} <= set(wanted[0].contenders)
 
 
 # Oracles
@@ -318,6 +331,7 @@ def test_tolerances_are_those_of_the_tests() -> None:
     assert test_loss.SMALL_FP == oracles.SMALL_FP
     assert test_loss.TOLERANCE == oracles.GRADIENT
     assert oracles.least_tolerance("below_eps", "torch", torch.float32, 1.0) == 0
+    assert oracles.least_tolerance("below_eps", "torch", torch.float64, 1.0) == 1e-9
     assert oracles.least_tolerance("random", "triton_tiled", torch.float64, 0.5) == 0
     assert oracles.least_tolerance("odd_step", "triton_tiled", torch.float64, 0.3) == oracles.AMONG
 

@@ -212,8 +212,14 @@ def _classes(target: Target, integers: str) -> Iterator[Record]:
             largest = max(nothing, ignored)
             if (not signed and ignored < 0) or largest > torch.iinfo(dtype).max:
                 continue
-            some = [c for c in range(classes) if c != nothing]
-            of = rng.choice([*some[:50], *[nothing] * 60, ignored], shape)
+            of = np.full(np.prod(shape), nothing)
+            somewhere = rng.permutation(of.size)
+            count = min(of.size // 2, 60)  # the oracle compares each with all
+            of[somewhere[:count]] = rng.choice(
+                [c for c in range(min(classes, 100)) if c != nothing] or [nothing], count
+            )
+            of[somewhere[count : count + 5]] = ignored
+            of = of.reshape(shape)
             dense = np.where((of == ignored)[..., None], -1, np.zeros((*shape, classes), np.int64))
             positive = (of != ignored) & (of != nothing)
             dense[(*np.nonzero(positive), of[positive])] = 1

@@ -11,14 +11,15 @@ from .work import Context, Record, Skipped, Unit
 _ELEMENTS = 2_200_000_000
 # Logits and gradient in bfloat16, targets and mask in bytes, the chunks of drawing and checking, and what others use.
 _BYTES = _ELEMENTS * (2 + 2 + 1 + 1) + (12 << 30)
-_TOLERANCE = {"rank_error": 1e-6, "gradient_error": 2**-7}  # ranks are float32, gradients bfloat16
+# Ranks are float32; the partial sums of the tiled kernels are, too, here of 1e5 terms. Gradients are bfloat16.
+_RANK, _GRADIENT = {"triton_binned": 1e-6, "triton_tiled": 1e-4}, 2**-7
 
 
 def _large(context: Context, backend: str) -> Iterator[Record]:
     n = 20_000 if context.rehearse else _ELEMENTS
     positives = 20 if context.rehearse else 1000
     found = large(n, torch.bfloat16, backend, context.seed, positives, context.device.type)
-    passed = all(found[name] <= tolerance for name, tolerance in _TOLERANCE.items())
+    passed = found["rank_error"] <= _RANK[backend] and found["gradient_error"] <= _GRADIENT
     yield {"check": f"{n} logits, {backend}", "passed": passed, "dtype": "bfloat16", **found}
 
 

@@ -192,7 +192,7 @@ class Session:
             self.context.wait()
             entry.peak_mib = peak_memory(entry.step, problem)
             entry.timer = clock.timer(entry.step, name in WAITING)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             entry.missing = "out of memory"
             torch.cuda.empty_cache()
         except Exception as error:
