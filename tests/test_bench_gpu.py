@@ -129,12 +129,6 @@ def test_plots_of_a_report(rehearsal: tuple[Record, Path, str], tmp_path: Path) 
     ]
 
 
-def run_worker(step: str, shard: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.gpu.worker", step, shard, "--seconds", "1000", "--rehearse"]
-    command += ["--parent", str(os.getpid())]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
-
-
 def test_without_a_gpu_there_is_an_error_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert runner.main(runner.Options()) == 2
@@ -340,7 +334,7 @@ def test_a_worker_ends_soon_after_its_runner(tmp_path: Path) -> None:
     """One that is killed can end nobody."""
     code = (
         "import os, subprocess, sys, time\n"
-        "command = [sys.executable, '-m', 'bench.gpu.worker', 'correctness', 'graphs', '--seconds', '1000']\n"
+        "command = [sys.executable, '-m', 'bench.gpu.worker', 'correctness', 'graphs', '--until', '9e9']\n"
         "command += ['--rehearse', '--parent', str(os.getpid())]\n"
         "worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
         "worker.stdout.readline()\n"

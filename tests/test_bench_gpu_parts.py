@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from bench import __main__ as command
 from bench import diff
 from bench.gpu import clock, counters, environment, oracles, results, tables, times
+from bench.gpu.compiling import Compilations
 from bench.gpu.fit import BINNED, TILED, Point, fit, points
 from bench.gpu.work import Context, Record, plain
 from bench.problems import CASES, Size, as_dense, classes_of, draw_problem
@@ -286,6 +288,22 @@ def test_all_that_is_to_be_timed_can_be_drawn(rehearse: bool) -> None:
         assert {setup.size.case for setup in wanted} >= set(CASES)
         assert [setup.size.case for setup in wanted[:2]] == ["ATSS", "RetinaNet"]  # a short run has those
         assert {times.LOOP, times.BUCKETED} <= set(wanted[0].contenders)
+
+
+def test_compilations_are_counted_by_tritons_hooks() -> None:
+    """As the compiler calls them, before and after, by keyword."""
+    triton = pytest.importorskip("triton")
+    runtime = triton.knobs.runtime
+    before = runtime.jit_cache_hook, runtime.jit_post_compile_hook
+    info = SimpleNamespace(module="m", name="package.module.count_kernel")
+    with Compilations() as counted:
+        for _ in range(2):
+            arguments = {"key": "k", "repr": "r", "fn": info, "compile": {}, "is_manual_warmup": False}
+            assert not runtime.jit_cache_hook(**arguments, already_compiled=False)
+            runtime.jit_post_compile_hook(**arguments, already_compiled=False)
+    assert [name for name, _ in counted.found] == ["count_kernel"] * 2
+    assert all(seconds >= 0 for _, seconds in counted.found)
+    assert (runtime.jit_cache_hook, runtime.jit_post_compile_hook) == before
 
 
 # Oracles

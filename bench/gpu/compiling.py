@@ -83,14 +83,14 @@ class Compilations:
             holder, before, after = knobs.runtime, "jit_cache_hook", "jit_post_compile_hook"
         else:  # until triton 3.3
             holder, before, after = triton.JITFunction, "cache_hook", "compiled_hook"
-        self._holder, self._hooks = holder, (before, after)
+        self._holder, self._hooks = holder, {name: getattr(holder, name) for name in (before, after)}
         setattr(holder, before, self._before)
         setattr(holder, after, self._after)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            setattr(self._holder, hook, None)
+        for name, hook in self._hooks.items():
+            setattr(self._holder, name, hook)
 
     def _before(self, *_: Any, **__: Any) -> bool:
         self._begin = time.perf_counter()

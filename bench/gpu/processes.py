@@ -54,7 +54,8 @@ def command_of(rehearse: bool) -> Command:
     """How a worker is started."""
 
     def command(job: Job, seconds: float, done: int, attempt: int) -> list[str]:
-        options = ["--seconds", f"{seconds:.1f}", "--done", str(done), "--attempt", str(attempt)]
+        # A point in time, for to import torch takes seconds.
+        options = ["--until", f"{time.time() + seconds:.1f}", "--done", str(done), "--attempt", str(attempt)]
         options += ["--parent", str(os.getpid()), *(["--rehearse"] if rehearse else [])]
         return [sys.executable, "-m", "bench.gpu.worker", job.step, job.shard, *options]
 

@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("shard")
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument(
+        "--until", type=float, required=True, help="on the clock of time.time(): begin nothing after it"
+    )
     parser.add_argument("--done", type=int, default=0, help="units that are not to be done again")
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--rehearse", action="store_true")
@@ -98,7 +100,7 @@ def main() -> None:
 
     if options.rehearse:
         torch.set_num_threads(1)  # beside others like this one
-    context = Context(options.rehearse, options.seconds, options.attempt)
+    context = Context(options.rehearse, options.until - time.time(), options.attempt)
     status = work(options.step, options.shard, options.done, context, say)
     if status == 0:
         say({"end": True})
