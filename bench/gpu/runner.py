@@ -203,7 +203,7 @@ def main(options: Options, command: Command | None = None, jobs_of: Callable[[st
     file = claim(out, run["device"], run["commit"])
     head: Record = {"run": run, "rehearsal": options.rehearse, "finished": False, "wrong": list[str]()}
     report = Report(file, plain(head))
-    report.head["minutes"] = options.minutes
+    report.head["minutes"] = round((end - time.monotonic()) / 60, 1)
     print(
         f"{'A rehearsal on the CPU, whose times mean nothing' * options.rehearse or run['device']}: {file}", flush=True
     )
