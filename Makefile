@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Tests run on two cores or more, those of a file in one process. PYTEST="-n 0" runs them one by one.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench compiled soak large tables figure1 install-check clean
+.PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench gpu compiled soak large tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -55,8 +55,11 @@ docs: .venv/.dev  ## Build the documentation's site, in site/
 compare: .venv/.demo .venv/.bench  ## Train with all losses and three seeds (up to an hour); writes bench/results/comparison.json
 	$(RUN) -m bench.comparison
 
-bench: .venv/.bench  ## Check, then time the loss beside its baselines; writes bench/results/cpu.json, or that of a GPU
+bench: .venv/.bench  ## Check, then time the loss beside its baselines on a CPU; writes bench/results/cpu.json
 	$(RUN) -m bench $(BENCH)
+
+gpu: .venv/.bench .venv/.demo  ## All that a GPU can tell, in eight minutes (GPU=--rehearse: without one); adds to bench/results
+	$(RUN) -m bench gpu $(GPU)
 
 compiled: .venv/.bench  ## Compile all kernels for GPUs that are not there, and read registers, spills, instructions
 	$(RUN) -m bench compiled

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +14,13 @@ from alrp_triton.functional import EPS
 from . import side_by_side
 from .contenders import RULE
 from .gate import TOLERANCE, check
+from .gpu import results, runner
 from .problems import sizes
 from .report import fill, markdown, pages, render
 from .run import RESULTS, ROOT, describe_run, store
 from .timing import SECONDS, STEADY, TRIES, sweep
 
-GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False, cuda=False)))
+GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False)))
 
 
 def _count(text: str) -> int:
@@ -33,50 +33,69 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _file(text: str) -> Path:
+def _report_file(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text}")
     return Path(text)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=f"Check, then time aLRP Loss beside its baselines. {RULE}",
-        epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out.",
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="check, then time the loss beside its baselines on a CPU; the command where none is named",
+        description=f"Check, then time aLRP Loss beside its baselines, on the CPU. {RULE}",
+        epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out. "
+        "Other commands, as first word: gpu, report, show FILE, diff A B, compiled.",
     )
-    parser.set_defaults(command=None)
     of = ", ".join(map(repr, GROUPS))
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these, of {of}")
-    parser.add_argument("--max-anchors", type=_count, metavar="N", help="leave out what is larger")
-    parser.add_argument("--repeats", type=_count, default=15, metavar="N", help="turns of each at a size (default 15)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--threads", type=_count, metavar="N", help="of torch on the CPU (default: torch's)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file (default bench/results/<device>.json)")
-    parser.add_argument("--quick", action="store_true", help="few and small sizes, in less than a minute")
-    if len(sys.argv) > 1 and sys.argv[1] in ("report", "show", "compiled"):
-        parser = argparse.ArgumentParser(prog="python -m bench")
-        commands = parser.add_subparsers(dest="command")
-        commands.add_parser("report", help="make the tables of README and docs, and the plots, from bench/results")
-        show = commands.add_parser("show", help="print all tables of a result file")
-        show.add_argument("file", type=_file, help="JSON file of a run")
-        compiled = commands.add_parser(
-            "compiled", help="compile all kernels for GPUs that are not there, and read them"
-        )
-        compiled.add_argument("--out", type=Path, default=RESULTS / "compiled.json", metavar="FILE", help="JSON file")
-    else:
-        parser.epilog = f"{parser.epilog} Other commands, as first word: report, show FILE, compiled."
-    return parser.parse_args()
+    run.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these, of {of}")
+    run.add_argument("--max-anchors", type=_count, metavar="N", help="leave out what is larger")
+    run.add_argument("--repeats", type=_count, default=15, metavar="N", help="turns of each at a size (default 15)")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: says which command is for GPUs")
+    run.add_argument("--threads", type=_count, metavar="N", help="of torch (default: torch's)")
+    run.add_argument("--out", type=Path, metavar="FILE", help="JSON file (default bench/results/cpu.json)")
+    run.add_argument("--quick", action="store_true", help="few and small sizes, in less than a minute")
+    gpu = commands.add_parser(
+        "gpu",
+        help="all that a GPU can tell, in some minutes",
+        description="Environment, correctness, time, counters and training on a GPU, each step in processes of its own "
+        "with a share of the time; every result is in the file at once. Exit status: 0, 1 a result is wrong, 3 a step "
+        "was not done.",
+    )
+    gpu.add_argument("--out", type=Path, metavar="DIR", help="folder of the result file and its log (bench/results)")
+    gpu.add_argument("--minutes", type=float, metavar="M", help=f"for all of it (default {runner.MINUTES:g})")
+    gpu.add_argument("--commit", metavar="TEXT", help="of this code, where there is no git to ask")
+    gpu.add_argument(
+        "--steps", nargs="+", choices=runner.STEPS, default=runner.STEPS, metavar="STEP", help="only these"
+    )
+    gpu.add_argument(
+        "--rehearse", action="store_true", help="every part on the CPU, at toy sizes; its times mean nothing"
+    )
+    commands.add_parser("report", help="make the tables of README and docs, and the plots, from bench/results")
+    show = commands.add_parser("show", help="print all tables of a result file")
+    show.add_argument("file", type=_report_file, help="JSON file of a run")
+    diff = commands.add_parser("diff", help="two runs of one device side by side: times, their ratios, what is right")
+    for name in ("a", "b"):
+        diff.add_argument(name, type=_report_file, metavar=name.upper(), help="JSON file of a run")
+    compiled = commands.add_parser("compiled", help="compile all kernels for GPUs that are not there, and read them")
+    compiled.add_argument("--out", type=Path, default=RESULTS / "compiled.json", metavar="FILE", help="JSON file")
+    if not arguments or arguments[0].startswith("-"):
+        arguments = ["run", *arguments]
+    return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
-    device = torch.device(["cpu", "cuda"][torch.cuda.is_available()] if options.device == "auto" else options.device)
+    if options.device == "cuda":
+        print("For a GPU there is another command: python -m bench gpu", file=sys.stderr)
+        return 2
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    run = describe_run(device)
+    run = describe_run(torch.device("cpu"))
     wanted = [
         size
-        for size in sizes(options.quick, device.type == "cuda")
+        for size in sizes(options.quick)
         if size.group in (options.groups or [size.group]) and size.anchors <= (options.max_anchors or size.anchors)
     ]
     if not wanted:
@@ -84,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     if run["load_average_before"] > 0.5:
         print(f"Others are using this machine (load average {run['load_average_before']}).", file=sys.stderr)
-    checks = check(device, options.seed)
+    checks = check(options.seed)
     failed = [one for one in checks if not one.passed]
     if failed:
         print(f"Nothing was timed. Beyond the tolerance of {TOLERANCE:g}:", *failed, sep="\n  ", file=sys.stderr)
@@ -102,34 +121,32 @@ def _run(options: argparse.Namespace) -> int:
         },
         "rule": RULE,
         "gate": {"tolerance": TOLERANCE, "checks": [asdict(one) for one in checks]},
-        "rows": [asdict(row) for row in sweep(wanted, device, options.repeats, options.seed)],
+        "rows": [asdict(row) for row in sweep(wanted, options.repeats, options.seed)],
     }
-    if device.type == "cuda":
-        from .machine_code import TARGETS, matrix
-
-        target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        report["machine"] = matrix((target,), ("fp32",)) if target in TARGETS else []
-    name = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()) if device.type == "cuda" else "cpu"
     print(markdown(report))
     partial = options.groups or options.max_anchors or options.quick
     if options.out or not partial:
-        store(report, options.out or RESULTS / f"{name}.json")
+        store(report, options.out or RESULTS / "cpu.json")
     else:
         print("A partial run: not stored without --out.", file=sys.stderr)
     return 0
 
 
 def _report() -> int:
+    from .gpu import plots as gpu_plots
     from .plots import draw
 
     for page in pages():
         page.write_text(fill(page.read_text()))
         print(page)
+    folder = ROOT / "docs" / "plots"
     for file in sorted(RESULTS.glob("*.json")):
-        report = json.loads(file.read_text())
+        report = results.load(file)
         if "rows" in report or "comparison" in report:
             plots = draw if "rows" in report else side_by_side.draw
-            print(*plots(report, ROOT / "docs" / "plots", file.stem), sep="\n")
+            print(*plots(report, folder, file.stem), sep="\n")
+    for file in results.newest():
+        print(*gpu_plots.draw(results.load(file), folder), sep="\n")
     return 0
 
 
@@ -143,17 +160,38 @@ def _compiled(out: Path) -> int:
     return 0
 
 
-def main() -> int:
+def _show(file: Path) -> int:
+    report = json.loads(file.read_text())
+    print(
+        *([render(report, "all"), render(report, "model")] if "kernels" in report else [markdown(report)]), sep="\n\n"
+    )
+    return 0
+
+
+def _diff(a: Path, b: Path) -> int:
+    from .diff import diff
+
+    try:
+        print(diff(results.load(a), results.load(b), (a.name, b.name)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 1 if the correctness gate failed."""
-    options = _parse()
-    if options.command == "report":
-        return _report()
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    if options.command == "gpu":
+        chosen = tuple(step for step in runner.STEPS if step in options.steps)
+        return runner.main(runner.Options(options.out, options.minutes, options.rehearse, options.commit, chosen))
+    if options.command == "diff":
+        return _diff(options.a, options.b)
     if options.command == "show":
-        report = json.loads(options.file.read_text())
-        tables = [render(report, "all"), render(report, "model")] if "kernels" in report else [markdown(report)]
-        print(*tables, sep="\n\n")
-        return 0
-    return _compiled(options.out) if options.command == "compiled" else _run(options)
+        return _show(options.file)
+    if options.command == "compiled":
+        return _compiled(options.out)
+    return _report() if options.command == "report" else _run(options)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.stats import rankdata
-from torch import Tensor
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from examples.coco.evaluate import Detections, as_results, detect, evaluate
 from examples.coco.train import Run, Settings
 from examples.digits import write
 
+from .probes import LossClock, Probe
 from .run import RESULTS, describe_run, store
 
 
@@ -74,66 +74,6 @@ def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
     )  # fmt: skip
 
 
-class _Probe:
-    """Stands before the loss of a RetinaNet's head, and sees what goes in and which gradients come out."""
-
-    def __init__(self, run: Run) -> None:
-        head: Any = run.model.head
-        self.inner: Callable[..., dict[str, Tensor]] = head.compute_loss
-        head.compute_loss = self.compute_loss
-        self.outputs: dict[str, Tensor] = {}
-        self.positive = torch.empty(0)
-
-    def compute_loss(
-        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
-    ) -> dict[str, Tensor]:
-        self.outputs = outputs
-        self.see_positives(targets, outputs, matched)
-        for output in outputs.values():
-            output.retain_grad()
-        return self.inner(targets, outputs, anchors, matched)
-
-    def see_positives(
-        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], matched: list[Tensor]
-    ) -> None:
-        self.positive = torch.zeros_like(outputs["cls_logits"], dtype=torch.bool)
-        for image, (target, match) in enumerate(zip(targets, matched, strict=True)):
-            anchor = torch.where(match >= 0)[0]
-            self.positive[image, anchor, target["labels"][match[anchor]]] = True
-
-    def gradients(self) -> dict[str, float]:
-        """Sums of magnitudes: of the positives' and the negatives' logits, and of the boxes."""
-        logits, boxes = self.outputs["cls_logits"].grad, self.outputs["bbox_regression"].grad
-        assert logits is not None
-        assert boxes is not None
-        magnitude = logits.abs().double()
-        positives = magnitude[self.positive].sum().item()
-        return {
-            "positives": positives,
-            "negatives": magnitude.sum().item() - positives,
-            "boxes": boxes.abs().double().sum().item(),
-        }
-
-
-class _Clock(_Probe):
-    """Also takes the time of the loss, forward and backward, by itself."""
-
-    seconds = 0.0
-
-    def compute_loss(
-        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: Any, matched: list[Tensor]
-    ) -> dict[str, Tensor]:
-        self.see_positives(targets, outputs, matched)
-        leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
-        begin = time.perf_counter()
-        losses = self.inner(targets, leaves, anchors, matched)
-        sum(losses.values(), torch.zeros(())).backward()
-        self.seconds = time.perf_counter() - begin
-        # The gradients go on from here to the network.
-        through = [(outputs[name] * leaf.grad).sum() for name, leaf in leaves.items() if leaf.grad is not None]
-        return {"through": torch.stack(through).sum()}
-
-
 def true_positives(data: CocoDetection, detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray]:
     """Scores and IoUs of the detections that are true at an IoU of 0.5: best score first, each truth found once."""
     scores: list[float] = []
@@ -158,7 +98,7 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
     torch.set_num_threads(1)  # two runs at a time, on two cores
     data, held_out = (CocoDetection(find_split(folder, part)) for part in ("train", "val"))
     run = Run(settings_of(name, lr, seed, steps), data, CPU)
-    probe = _Probe(run)
+    probe = Probe(run.model)
     log: list[dict[str, float]] = []
     evaluations: list[dict[str, float]] = []
     detections: list[Detections] = []
@@ -195,7 +135,7 @@ def time_all(folder: Path, turns: int) -> dict[str, Any]:
     """Steps of all losses in turn, on both cores: milliseconds of a step, and of the loss in it."""
     data = CocoDetection(find_split(folder, "train"))
     runs = {name: Run(settings_of(name, 1e-3, 0, turns + 3), data, CPU) for name in CONTENDERS}
-    clocks = {name: _Clock(run) for name, run in runs.items()}
+    clocks = {name: LossClock(run.model) for name, run in runs.items()}
     loaders = {name: iter(run.batches(turns + 3, workers=0)) for name, run in runs.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in tqdm(range(turns + 3), desc="time of a step", unit="turn"):
@@ -204,7 +144,7 @@ def time_all(folder: Path, turns: int) -> dict[str, Any]:
             begin = time.perf_counter()
             run.take_step(batch)
             if turn >= 3:
-                seconds[name].append((time.perf_counter() - begin, clocks[name].seconds))
+                seconds[name].append((time.perf_counter() - begin, clocks[name].watch.seconds))
     logits = next(iter(clocks.values())).positive
     times = {
         name: {

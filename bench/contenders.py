@@ -19,8 +19,9 @@ from .problems import Problem, Size
 
 LOOP, DENSE, BUCKETED, SEARCH = "published loop", "dense matrix", "bucketed", "plain bucketize"
 FOCAL, FLOOR = "sigmoid focal loss", "copy of the same bytes"
+FOCAL_COMPILED = "sigmoid focal loss, compiled"
 ALRP, AP, RANK_SORT = "aLRP Loss", "AP Loss", "Rank & Sort Loss"
-BASELINES = (LOOP, DENSE, BUCKETED, SEARCH, FOCAL, FLOOR)
+BASELINES = (LOOP, DENSE, BUCKETED, SEARCH, FOCAL, FOCAL_COMPILED, FLOOR)
 LOOP_PAIRS, DENSE_PAIRS = 3_000_000_000, 200_000_000
 RULE = (
     f"Nothing is extrapolated: the {LOOP} is left out where P x N exceeds {LOOP_PAIRS:.0e}, the {DENSE} where it "
@@ -48,7 +49,7 @@ class LogitsStep(NamedTuple):
 Contender = Callable[[], Step | LogitsStep | None]
 
 
-def _take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Step:
+def take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Step:
     """Forward, then backward of the sum of both parts."""
     classification, localisation = loss(*problem[:3], delta=problem.delta, eps=EPS)[:2]
     gradients = torch.autograd.grad(classification + localisation, (problem.logits, problem.box_errors))
@@ -69,7 +70,7 @@ def family(problem: Problem) -> dict[str, Contender]:
     """All losses of the family on one problem, each at the step that it is published with."""
     logits, targets, errors, delta = problem
     return {
-        ALRP: partial(_take_step, alrp_loss, problem),
+        ALRP: partial(take_step, alrp_loss, problem),
         AP: lambda: _logits_step((ap_loss(logits, targets, delta=delta, num_positives=errors.numel()),), problem),
         RANK_SORT: lambda: _logits_step(rank_sort_loss(logits, targets, ious_of(problem), delta=delta / 2), problem),
     }
@@ -78,25 +79,40 @@ def family(problem: Problem) -> dict[str, Contender]:
 def _plain_search(problem: Problem) -> Step:
     """The torch backend without its grid of cells: a binary search for every logit."""
     with patch.object(torch_binned, "make_grid", return_value=None):
-        return _take_step(partial(alrp_loss, backend="torch"), problem)
+        return take_step(partial(alrp_loss, backend="torch"), problem)
 
 
-def _focal(problem: Problem) -> Contender:
+def focal_step(problem: Problem, compiler: str = "") -> Callable[[], LogitsStep]:
+    """Torchvision's focal loss of dense targets, and its gradient.
+
+    ``compiler``: a backend of torch.compile, which compiles it for this size alone, at the first step.
+    """
     from torchvision.ops import sigmoid_focal_loss  # not everywhere where the gate is run
 
-    wanted = (problem.targets == 1).float()  # in the dtype that it takes
+    wanted = (problem.targets == 1).to(problem.logits.dtype)  # in the dtype that it takes
+    loss_of = torch.compile(sigmoid_focal_loss, dynamic=False, backend=compiler) if compiler else sigmoid_focal_loss
 
-    def step() -> None:
-        loss = sigmoid_focal_loss(problem.logits, wanted, reduction="sum") / problem.box_errors.numel()
-        torch.autograd.grad(loss, problem.logits)
+    def step() -> LogitsStep:
+        loss = loss_of(problem.logits, wanted, reduction="sum") / problem.box_errors.numel()
+        return LogitsStep(loss.detach(), *torch.autograd.grad(loss, problem.logits))
 
     return step
 
 
-def _copy(problem: Problem) -> Contender:
-    """Reading N logits twice and writing N gradients moves 12 N bytes; so does a copy of 3/2 N."""
+def focal(problem: Problem, compiler: str = "") -> Contender:
+    """The same as a contender: another loss, which nothing here is compared with."""
+    take = focal_step(problem, compiler)
+
+    def step() -> None:
+        take()
+
+    return step
+
+
+def copy(problem: Problem) -> Contender:
+    """Reading N logits twice and writing N gradients moves 12 N bytes in float32; so does a copy of 3/2 N."""
     count = problem.logits.numel() * 3 // 2
-    source, target = torch.ones(count, device=problem.logits.device), problem.logits.new_zeros(count)
+    source, target = (problem.logits.new_full((count,), value, requires_grad=False) for value in (1, 0))
 
     def step() -> None:
         target.copy_(source)
@@ -104,17 +120,15 @@ def _copy(problem: Problem) -> Contender:
     return step
 
 
-def backends(device: torch.device) -> list[Backend]:
-    """The package's backends that run on a device and are named in the results."""
-    if device.type == "cuda":
-        return ["torch", *(["triton_tiled", "triton_binned"] if find_spec("triton") else [])]
+def backends() -> list[Backend]:
+    """The package's backends that run on a CPU and are named in the results."""
     return ["torch", *(["numba"] if find_spec("numba") else [])]
 
 
 def contenders(size: Size, problem: Problem) -> dict[str, Contender]:
-    """All contenders at a size, by name. Those that ``RULE`` leaves out are not there."""
+    """All contenders at a size on a CPU, by name. Those that ``RULE`` leaves out are not there."""
     found: dict[str, Contender] = {
-        name: partial(_take_step, partial(alrp_loss, backend=name), problem) for name in backends(problem.logits.device)
+        name: partial(take_step, partial(alrp_loss, backend=name), problem) for name in backends()
     }
     pairs = size.anchors * size.positives
     if size.group == "family":
@@ -125,7 +139,7 @@ def contenders(size: Size, problem: Problem) -> dict[str, Contender]:
         ways = {LOOP: pairs <= LOOP_PAIRS, DENSE: pairs <= DENSE_PAIRS, BUCKETED: True}
         for (name, feasible), how in zip(ways.items(), ("loop", "dense", "bucketed"), strict=True):
             if feasible:
-                found[name] = partial(_take_step, partial(baselines.alrp_loss, how=how), problem)
+                found[name] = partial(take_step, partial(baselines.alrp_loss, how=how), problem)
     if find_spec("torchvision"):
-        found[FOCAL] = _focal(problem)
-    return found | {FLOOR: _copy(problem)}
+        found[FOCAL] = focal(problem)
+    return found | {FLOOR: copy(problem)}

@@ -70,29 +70,38 @@ def _chunks(n: int, size: int = 1 << 24) -> list[slice]:
     return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
 
 
-def large(n: int, dtype: torch.dtype, backend: Any, seed: int, positives: int = 1000) -> dict[str, Any]:
+def large(
+    n: int, dtype: torch.dtype, backend: Any, seed: int, positives: int = 1000, device: str = "cpu"
+) -> dict[str, Any]:
     """One step on n logits; ranks of some positives and gradients of some negatives against sums in float64 by hand."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.empty(n, dtype=dtype)
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    generator = torch.Generator(device).manual_seed(seed)
+    logits = torch.empty(n, dtype=dtype, device=device)
     for part in _chunks(n):
-        logits[part] = torch.randn(part.stop - part.start, generator=generator)
-    where = torch.linspace(0, n - 1, positives, dtype=torch.float64).long()  # the last logit is a positive
+        logits[part] = torch.randn(part.stop - part.start, generator=generator, device=device)
+    # The last logit is a positive.
+    where = torch.linspace(0, n - 1, positives, dtype=torch.float64).long().to(device)
     logits[where] += 1
-    targets = torch.zeros(n, dtype=torch.int8)
+    targets = torch.zeros(n, dtype=torch.int8, device=device)
     targets[where] = 1
-    errors = torch.rand(positives, generator=generator, requires_grad=True)
+    errors = torch.rand(positives, generator=generator, device=device, requires_grad=True)
     logits.requires_grad_()
-    begin = time.perf_counter()
+    begin = now()
     out = alrp_loss(logits, targets, errors, backend=backend)
-    middle = time.perf_counter()
+    middle = now()
     (out.classification + out.localisation).backward()
-    end = time.perf_counter()
+    end = now()
     gradient, x = logits.grad, logits.detach()
     assert gradient is not None
 
     s, e = x[where].double(), errors.detach().double()
     some = [0, 1, positives // 2, positives - 1]
-    false_positives = torch.zeros(len(some), dtype=torch.float64)
+    false_positives = torch.zeros(len(some), dtype=torch.float64, device=device)
     for part in _chunks(n):
         columns, keep = x[part].double(), targets[part] == 0
         for k, row in enumerate(some):
@@ -101,7 +110,7 @@ def large(n: int, dtype: torch.dtype, backend: Any, seed: int, positives: int = 
     rank = 1 + h[some].sum(1) + false_positives
     fp = out.rank.double() - 1 - h.sum(1)
     share = (fp + h @ e) / out.rank.double() / fp / positives
-    negatives = torch.tensor([1, n // 2 + 1, n - 2, min(n - 2, 2**31 + 3)])
+    negatives = torch.tensor([1, n // 2 + 1, n - 2, min(n - 2, 2**31 + 3)], device=device)
     expected = (x[negatives].double()[:, None] - s).div(2).add(0.5).clamp(0, 1) @ share
     return {
         "elements": n,

@@ -112,21 +112,6 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> str:
     return table(head, lines, left=2)
 
 
-def beside(report: dict[str, Any]) -> str:
-    """The model beside what was measured, for a run on a GPU that the model knows; else nothing."""
-    gpu = next((gpu for gpu in GPUS if gpu.name in report["run"]["device"]), None)
-    if gpu is None:
-        return ""
-    lines: list[list[str]] = []
-    for row in report["rows"]:
-        if row["contender"] in ("triton_tiled", "triton_binned") and row["group"] == "cases":
-            m = model(gpu, report["machine"], row["anchors"], row["positives"])
-            modelled = sum(m.tiled) if row["contender"] == "triton_tiled" else m.spread + m.transpose
-            size = [f"{row['anchors']:,}", f"{row['positives']:,}"]
-            lines.append([row["case"], row["contender"], *size, number(row["p50_ms"]), _milliseconds(modelled)])
-    return table(["detector", "backend", "N", "P", "measured ms", "modelled ms, both products"], lines, left=2)
-
-
 def render(report: dict[str, Any], name: str) -> str:
     """A table of a report of compiled kernels: ``kernels``, those that read columns or targets; ``all``; ``model``."""
     kernels = report["kernels"]

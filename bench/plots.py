@@ -8,14 +8,15 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from .contenders import BUCKETED, DENSE, FLOOR, FOCAL, LOOP
+from .contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from .report import own, rows_of
 from .timing import Row
 
 # One colour for each contender on all plots.
 _COLOURS = {
     "torch": "#1f77b4", "numba": "#d62728", "triton_tiled": "#2ca02c", "triton_binned": "#9467bd", LOOP: "#7f7f7f",
-    DENSE: "#bcbd22", BUCKETED: "#ff7f0e", FOCAL: "#17becf", FLOOR: "#000000",
+    "auto": "#d62728", DENSE: "#bcbd22", BUCKETED: "#ff7f0e", FOCAL: "#17becf", FOCAL_COMPILED: "#e377c2",
+    FLOOR: "#000000",
 }  # fmt: skip
 
 
@@ -46,10 +47,12 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Draw the plots of a run; return the files written. Groups that the run has not are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    device = f"{report['run']['device']}, {report['run']['threads']} threads"
+    run = report["run"]
+    device = f"{run['device']}, {run['threads']} threads" if run["device_type"] == "cpu" else run["device"]
+    many = {row.anchors for row in rows_of(report, "positives")}
     kinds = {
         "anchors": ("anchors", f"P = 1,000 ({device})", "logits N"),
-        "positives": ("positives", f"N = 1,000,000 ({device})", "positives P"),
+        "positives": ("positives", f"N = {max(many, default=0):,} ({device})", "positives P"),
         "delta": ("delta", f"N = 1,000,000, P = 300 ({device})", "delta"),
         "scores": ("scores", f"N = 1,000,000, P = 300 ({device})", "distribution of the scores"),
         "cases": ("case", f"sizes of known detectors ({device})", ""),

@@ -1,7 +1,8 @@
 """Tables and plots from result files, and the blocks in README.md and docs/ that hold them.
 
 A block begins with a line ``<!-- FILE NAME -->`` and ends with ``<!-- end -->``; what is between is made from the
-result file, relative to the repository, by :func:`render`.
+result file, relative to the repository, by :func:`render`. Where FILE is ``gpu`` it is made from the newest run of each
+GPU, by :mod:`.gpu.tables`.
 """
 
 import json
@@ -12,13 +13,15 @@ from typing import Any
 
 from . import endurance, side_by_side
 from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
+from .gpu import results
+from .gpu import tables as gpu_tables
 from .problems import HEADLINE
 from .run import ROOT
 from .tables import commit, number, table
 from .timing import Row, exponents
 
 PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md", "docs/comparison.md")
-_BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json|gpu) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # Columns that say how many times faster a contender is than a baseline.
 _FASTER = {LOOP: "loop", DENSE: "dense", BUCKETED: "bucketed", SEARCH: "bucketize", FOCAL: "focal"}
@@ -131,13 +134,11 @@ def render(report: dict[str, Any], name: str) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """All tables of a run."""
+    if results.is_gpu(report):
+        return gpu_tables.markdown(report)
     names = dict.fromkeys(row.group for row in rows_of(report))
     parts = [_conditions(report), _gate(report), *(f"## {name}\n\n{_times(report, name)}" for name in names)]
     parts.append(_growth(report))
-    if "machine" in report:
-        from . import model  # needs triton
-
-        parts.append(model.beside(report))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -145,8 +146,11 @@ def fill(text: str) -> str:
     """A page with all of its blocks made again."""
 
     def block(found: re.Match[str]) -> str:
-        report = json.loads((ROOT / found[2]).read_text())
-        return f"{found[1]}{render(report, found[3])}\n{found[5]}"
+        if found[2] == "gpu":
+            text = gpu_tables.render(found[3])
+        else:
+            text = render(json.loads((ROOT / found[2]).read_text()), found[3])
+        return f"{found[1]}{text}\n{found[5]}"
 
     return _BLOCK.sub(block, text)
 

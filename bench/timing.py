@@ -42,14 +42,10 @@ class Row:
     ratios: dict[str, float]  # median time of each baseline / this median
 
 
-def _time(contender: Contender, wait: bool) -> float:
-    """Milliseconds on the clock of the host, from an idle device to an idle device."""
-    if wait:
-        torch.cuda.synchronize()
+def _time(contender: Contender) -> float:
+    """Milliseconds on the clock of the host."""
     start = time.perf_counter()
     step = contender()
-    if wait:
-        torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     del step  # not before the clock has stopped: to free it is not the loss' work
     return 1e3 * elapsed
@@ -81,22 +77,22 @@ def peak_memory(contender: Contender, problem: Problem) -> float | None:
     return (resident("VmHWM") - before) / 2**20
 
 
-def _take_turns(found: dict[str, Contender], cuda: bool, repeats: int) -> dict[str, list[float]]:
+def _take_turns(found: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeats):
         for name, contender in found.items():
             if len(times[name]) < _LEAST or sum(times[name]) < 1e3 * SECONDS:
-                times[name].append(_time(contender, cuda))
+                times[name].append(_time(contender))
     return times
 
 
-def _measure(size: Size, device: torch.device, repeats: int, seed: int, tries: int) -> list[Row]:
-    problem = make_problem(size, device, seed)
+def _measure(size: Size, repeats: int, seed: int, tries: int) -> list[Row]:
+    problem = make_problem(size, torch.device("cpu"), seed)
     found = contenders(size, problem)
     for contender in found.values():
         contender()
     peaks = {name: peak_memory(contender, problem) for name, contender in found.items()}
-    times = _take_turns(found, device.type == "cuda", repeats)
+    times = _take_turns(found, repeats)
     quantiles = {
         name: torch.tensor(of, dtype=torch.float64)
         .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
@@ -121,15 +117,15 @@ def _measure(size: Size, device: torch.device, repeats: int, seed: int, tries: i
     ]
 
 
-def sweep(sizes: list[Size], device: torch.device, repeats: int, seed: int) -> list[Row]:
-    """Time all contenders at all sizes."""
+def sweep(sizes: list[Size], repeats: int, seed: int) -> list[Row]:
+    """Time all contenders at all sizes on the CPU; :mod:`bench.gpu` has GPUs."""
     rows: list[Row] = []
     with tqdm(sizes, desc="timing", unit="size") as progress:
         for size in progress:
             progress.set_postfix(group=size.group, N=size.anchors, P=size.positives)
             tried: list[list[Row]] = []
             while len(tried) < TRIES and (not tried or unsteadiness(tried[-1]) > STEADY):
-                tried.append(_measure(size, device, repeats, seed, len(tried) + 1))
+                tried.append(_measure(size, repeats, seed, len(tried) + 1))
             rows += min(tried, key=unsteadiness)
     return rows
 

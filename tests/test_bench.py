@@ -82,11 +82,11 @@ def test_contenders_follow_the_stated_rule() -> None:
     assert LOOP not in names(Size("x", 3_000_001, 1000))
     assert names(Size("family", 10, 5)) >= {ALRP, AP, RANK_SORT, FLOOR}
     assert names(Size("worst cases", 10, 5)) >= {"torch", "numba", SEARCH}
-    assert {size.case for size in sizes(quick=False, cuda=False)} >= set(CASES)
+    assert {size.case for size in sizes(quick=False)} >= set(CASES)
 
 
 def test_sweep_times_everything_and_keeps_ratios() -> None:
-    rows = timing.sweep([Size("anchors", 3000, 20)], CPU, repeats=3, seed=0)
+    rows = timing.sweep([Size("anchors", 3000, 20)], repeats=3, seed=0)
     by_name = {row.contender: row for row in rows}
     assert {"torch", "numba", LOOP, DENSE, BUCKETED, FLOOR} <= set(by_name)
     for row in rows:
