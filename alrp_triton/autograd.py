@@ -154,9 +154,8 @@ def rank(
         run = max(logits.numel() // max(groups.numel(), 1), 1)
         row_groups = groups.index_select(0, positives // run)
     if settings.process_group:
-        scores, wide, of_all, mine = operators.gather_positives(
-            scores, wide, row_groups, ORDER, settings.call, settings.process_group
-        )
+        gather = operators.of_unknown_size(operators.gather_positives)
+        scores, wide, of_all, mine = gather(scores, wide, row_groups, ORDER, settings.call, settings.process_group)
         row_groups = None if groups is None else of_all
     scores, order = scores.sort(stable=True)
     if row_groups is not None:

@@ -41,6 +41,7 @@ what contains v, a value of ``among_rows``. A column that counts and is NaN make
 entry is NaN. Results are bitwise repeatable on the CPU and in the Triton kernels.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +183,17 @@ sum_over_ranks = _define(
     distributed.sum_over_ranks,
     _like_first,
 )
+
+
+_TRACES_UNKNOWN_SIZES = torch.__version__ >= (2, 10)
+
+
+def of_unknown_size(operator: Any) -> Any:
+    """The operator, in a call whose result has a size that nobody knows before.
+
+    Dynamo before torch 2.10 breaks the graph there, runs it as plain Python, and stumbles over what it sees inside: so
+    it is kept out. Where it is not imported nothing is compiled.
+    """
+    if _TRACES_UNKNOWN_SIZES or "torch._dynamo" not in sys.modules:
+        return operator
+    return torch.compiler.disable(operator)

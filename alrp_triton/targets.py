@@ -1,6 +1,5 @@
 """Who is a positive, a negative or ignored: the two forms of targets, turned into a mask and flat indices."""
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from .checks import INTEGER_DTYPES, check_integer, check_same_device, check_tens
 from .dispatch import Backend
 
 IGNORE_INDEX = -1
-_TRACES_UNKNOWN_SIZES = torch.__version__ >= (2, 10)
 
 
 class TargetForm(NamedTuple):
@@ -91,11 +89,7 @@ def classify(
         ValueError: values of targets that mean nothing, or another number of positives than ``count``. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    read = operators.classify
-    if count is None and not _TRACES_UNKNOWN_SIZES and "torch._dynamo" in sys.modules:
-        # Dynamo breaks the graph at an operator whose result has a size that it cannot know, runs it as plain Python,
-        # and stumbles over what it sees inside. Where Dynamo is not imported nothing is compiled.
-        read = torch.compiler.disable(read)
+    read = operators.classify if count is not None else operators.of_unknown_size(operators.classify)
     return read(targets.detach(), *form, count, source, backend)
 
 

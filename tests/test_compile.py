@@ -110,7 +110,7 @@ def step(loss: Loss, arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, 
 def test_one_graph_for_all_sizes(name: str, dynamic: bool | None, device: str) -> None:
     torch.compiler.reset()
     if not in_one_graph(name):
-        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"alrp_triton\.classify"):  # pyright: ignore
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"function disable|compiler\.disable"):  # pyright: ignore
             torch.compile(LOSSES[name](), fullgraph=True, dynamic=dynamic)(*draw(40, 7, device))
         return
     graphs = torch._dynamo.utils.counters["stats"]  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
@@ -165,7 +165,9 @@ def test_errors_are_those_of_eager_mode() -> None:
     broken[8] = 77
     with pytest.raises(ValueError, match=r"class-index targets must be .* got \[77\] among 1"):
         compiled(logits, broken, values)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="targets must have the shape of logits"):  # pyright: ignore
+    # Dynamo before 2.10 does not get as far: an exception class of ours is too much for it.
+    words = "targets must have the shape of logits" if TORCH >= (2, 10) else None
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=words):  # pyright: ignore
         compiled(logits, targets[:9], values)
 
 

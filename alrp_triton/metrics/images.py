@@ -113,6 +113,8 @@ def _as_tensor(name: str, value: object) -> Tensor:
 
 def _check(name: str, what: str, value: Tensor, good: Tensor) -> None:
     def error() -> ValueError:
-        return ValueError(f"{name} must {what}, got {value[~good][0].tolist()}")
+        first = int((~good).flatten().int().argmax())  # older versions of torch cannot index uint64 by a mask
+        seen = value.reshape(good.numel(), *value.shape[good.ndim :])[first]
+        return ValueError(f"{name} must {what}, got {seen.tolist()}")
 
     check_values(good.all(), error, f"{name} must {what}")
