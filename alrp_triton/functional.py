@@ -129,9 +129,9 @@ def alrp_loss(
         gradient_reduction: how gradients of the processes are brought together afterwards. ``"mean"``, as
             DistributedDataParallel does: each process' gradients are the joint loss' times the number of processes, so
             that their mean is right. ``"sum"``: they are the joint loss' own. Without ``process_group`` no matter.
-        backend: ``"auto"``: on a GPU ``"triton"`` where triton is installed, on a CPU ``"numba"`` where numba is
-            installed, else ``"torch"``. ``"triton"``: ``"triton_tiled"`` or ``"triton_binned"``, whichever the model of
-            :mod:`alrp_triton.cost` expects to be faster for P and N. ``"torch"`` runs on any device.
+        backend: ``"auto"``: on a GPU ``"triton"`` where triton 3.4 or newer is installed, on a CPU ``"numba"`` where
+            numba is installed, else ``"torch"``. ``"triton"``: ``"triton_tiled"`` or ``"triton_binned"``, whichever the
+            model of :mod:`alrp_triton.cost` expects to be faster for P and N. ``"torch"`` runs on any device.
 
     Returns:
         ALRPLossOutput: ``classification`` and ``localisation`` (0-d), ``rank`` ``(P,)``, all in the widest dtype of

@@ -185,7 +185,7 @@ sum_over_ranks = _define(
 )
 
 
-_TRACES_UNKNOWN_SIZES = torch.__version__ >= (2, 10)
+_TRACES_UNKNOWN_SIZES = torch.__version__ >= "2.10"
 
 
 def of_unknown_size(operator: Any) -> Any:

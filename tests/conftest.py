@@ -45,10 +45,8 @@ def cannot_run(backend: str, device_type: str, triton: tuple[int, ...] | None = 
     """Why a backend does not run on tensors of a device; None: it has to. Triton's do on a CPU, in its interpreter."""
     if backend.startswith("numba") and device_type != "cpu":
         return f"backend={backend!r} needs a CPU"
-    if backend.startswith("triton") and triton is None:
-        return f"backend={backend!r} needs the package triton"
-    if backend.startswith("triton") and triton < (3, 4):
-        return f"backend={backend!r} needs triton 3.4"
+    if backend.startswith("triton") and (triton is None or triton < (3, 4)):
+        return f"backend={backend!r} needs {'the package triton' if triton is None else 'triton 3.4'}"
     return None
 
 

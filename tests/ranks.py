@@ -210,7 +210,7 @@ def traffic(rank: int, world: int) -> None:
 
 def compiled(rank: int, world: int) -> None:
     """The exchange is part of a graph without breaks, sizes unknown; before torch 2.10 it breaks the graph."""
-    in_one_graph = torch.__version__ >= (2, 10)
+    in_one_graph = torch.__version__ >= "2.10"
     eager = partial(alrp_loss, process_group="world")
     compiled = torch.compile(eager, fullgraph=in_one_graph, dynamic=True)
     for seed in range(2):
