@@ -35,11 +35,14 @@ SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_po
 test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
 	.venv-cpu/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(PYTEST)
 
+# What other versions of torch may do to the losses themselves.
+CORE := $(addprefix tests/test_,$(addsuffix .py,api balance binned boxes errors family groups loss operator reference suite targets))
+
 test-oldest: .venv-oldest/.test  ## Run the test suite with the oldest versions: Python 3.10, torch 2.4, NumPy 1.26
-	.venv-oldest/bin/python -m pytest $(WORKERS) -k "not gloo" $(PYTEST)
+	.venv-oldest/bin/python -m pytest $(WORKERS) $(CORE) $(PYTEST)
 
 test-2.11: .venv-2.11/.test  ## Run the test suite with Python 3.12, torch 2.11, triton 3.6
-	.venv-2.11/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(PYTEST)
+	.venv-2.11/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(CORE) $(PYTEST)
 
 fuzz: .venv/.dev  ## 20,000 random hostile cases against the oracle, others each time (some minutes)
 	$(RUN) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)

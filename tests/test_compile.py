@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # What torch compiled for a CPU before 2.6 flushes the smallest numbers to 0, of which NumPy 1 tells.
     pytest.mark.filterwarnings("ignore:The value of the smallest subnormal:UserWarning"),
+    # torch 2.11, where a graph breaks at an operator, looks into it.
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
 ]
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
