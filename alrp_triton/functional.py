@@ -60,7 +60,7 @@ def _settings(
     call = ""
     if name:
         call = f"{loss}(delta={delta}, eps={eps}, {gradient_reduction!r}) with{'out' * (groups is None)} groups"
-    return Settings(formula, call, delta, eps, backend, name, size if gradient_reduction == "mean" else 1.0)
+    return Settings(formula, call, delta, eps, backend, name, float(size) if gradient_reduction == "mean" else 1.0)
 
 
 def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
