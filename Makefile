@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
 demo test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
-PIP := -m pip install --quiet --disable-pip-version-check
+PIP := -m pip install --no-compile --quiet --disable-pip-version-check
 
 # Tests run on two cores or more, those of a file in one process. PYTEST="-n 0" runs them one by one.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
@@ -13,7 +13,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile
 .PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench gpu compiled soak large tables figure1 install-check clean
 
 help:  ## List the targets
-	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z0-9.-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
 
 DIGITS := --detector retinanet_small --size 128 --batch 8 --no-flip --workers 0
 BUDGET := --steps 400 --every 100 --optimizer adamw --lr 3e-3 --warm-up 50 --schedule cosine --period 50
@@ -29,20 +29,22 @@ test: .venv/.dev .venv/.mmdet  ## Run the test suite (Triton's interpreter and c
 coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the package it runs
 	$(RUN) -m pytest --cov --cov-report=term $(WORKERS) $(PYTEST)
 
-# What Triton's interpreter is slow at, it does in full with one torch only; here the cases that have caught most.
+# Triton's interpreter is slow, and does all of it with one torch only; with others the cases that have caught most.
 SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo
 
-test-cpu: .venv-cpu/.test  ## Run the test suite with torch 2.13.0, CPU build, and the triton beside it
-	.venv-cpu/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(PYTEST)
+# What another version may do to: the losses, torch.compile, training, detectors, metrics.
+OF_VERSIONS := api balance bench_gpu_parts binned boxes compile errors family groups integration_torchvision loss metrics \
+  operator readme reference suite targets training
+OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/test_%.py) $(PYTEST)
 
-# What other versions of torch may do to the losses themselves.
-CORE := $(addprefix tests/test_,$(addsuffix .py,api balance binned boxes errors family groups loss operator reference suite targets))
+test-cpu: .venv-cpu/.test  ## Test with torch 2.13.0, CPU build, and the triton beside it
+	.venv-cpu/bin/python -m pytest $(OTHERWISE)
 
-test-oldest: .venv-oldest/.test  ## Run the test suite with the oldest versions: Python 3.10, torch 2.4, NumPy 1.26
-	.venv-oldest/bin/python -m pytest $(WORKERS) $(CORE) $(PYTEST)
+test-oldest: .venv-oldest/.test  ## Test with the oldest versions: Python 3.10, torch 2.4, NumPy 1.26
+	.venv-oldest/bin/python -m pytest $(OTHERWISE)
 
-test-2.11: .venv-2.11/.test  ## Run the test suite with Python 3.12, torch 2.11, triton 3.6
-	.venv-2.11/bin/python -m pytest $(WORKERS) -k "$(SAMPLE)" $(CORE) $(PYTEST)
+test-2.11: .venv-2.11/.test  ## Test with Python 3.12, torch 2.11, triton 3.6
+	.venv-2.11/bin/python -m pytest $(OTHERWISE)
 
 fuzz: .venv/.dev  ## 20,000 random hostile cases against the oracle, others each time (some minutes)
 	$(RUN) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)

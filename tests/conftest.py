@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.interpreter import patch_language_once
 from tests.processes import ROOT as ROOT
 from tests.processes import TORCHRUN as TORCHRUN
 from tests.processes import run_together as run_together
@@ -31,12 +32,15 @@ BACKENDS = ("torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binn
 def environment_for(device_type: str) -> dict[str, str]:
     """What has to be in the environment before the first use of Triton's kernels, and of CUDA."""
     if device_type == "cpu":
-        return {"TRITON_INTERPRET": "1"}
+        # To compile in processes of its own takes torch longer than what is compiled here.
+        return {"TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     # cuBLAS is deterministic with it alone, and torch refuses products of matrices without.
     return {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
 
 
 os.environ.update(environment_for(DEVICE))
+if DEVICE == "cpu" and TRITON is not None:
+    patch_language_once()
 if sys.platform == "linux":  # all processes are on this machine, whose name need not be known to any network
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

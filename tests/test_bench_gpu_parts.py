@@ -3,9 +3,14 @@
 import json
 import math
 import re
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,16 +18,17 @@ import torch
 
 from bench import __main__ as command
 from bench import diff
-from bench.gpu import clock, counters, environment, oracles, results, tables, times
+from bench.gpu import clock, counters, environment, oracles, results, tables, times, worker
 from bench.gpu.compiling import Compilations
 from bench.gpu.fit import BINNED, TILED, Point, fit, points
-from bench.gpu.work import Context, Record, plain
+from bench.gpu.work import Context, Record, Skipped, Unit, plain
 from bench.problems import CASES, Size, as_dense, classes_of, draw_problem
 from bench.report import fill
 from tests import test_loss
 from tests.cases import draw
 
 CPU = torch.device("cpu")
+needs_torchvision = pytest.mark.skipif(not find_spec("torchvision"), reason="focal loss is torchvision's")
 
 
 # Names and files
@@ -81,6 +87,77 @@ def test_no_run_says_so(tmp_path: Path) -> None:
     assert fill(page).startswith("<!-- gpu cases -->\n")
     assert "old" not in fill(page)
     assert fill(fill(page)) == fill(page)
+
+
+# Workers and what they time
+
+
+def said_by_a_worker(act: Callable[[], Iterator[Record]], monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    units = [Unit("first", act), Unit("second", lambda: iter([{"done": 1}]))]
+    monkeypatch.setattr(counters, "units", MagicMock(return_value=units))
+    said: list[Record] = []
+    assert worker.work("counters", "all", 0, Context(True, 60), said.append) == 0
+    return said
+
+
+def raising(error: Exception) -> Callable[[], Iterator[Record]]:
+    def act() -> Iterator[Record]:
+        yield {"before": 1}
+        raise error
+
+    return act
+
+
+def test_what_a_unit_may_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = [{"begin": "first", "index": 0}, {"record": {"before": 1}}]
+    wrong = said_by_a_worker(raising(RuntimeError("bad")), monkeypatch)
+    assert wrong[:3] == [*begun, {"error": "first", "text": "RuntimeError: bad"}]
+    assert {"record": {"done": 1}} in wrong
+    assert said_by_a_worker(raising(Skipped("not here")), monkeypatch) == [*begun, {"skipped": "not here"}]
+    late = said_by_a_worker(raising(subprocess.TimeoutExpired("ncu", 1.0)), monkeypatch)
+    assert late == [*begun, {"left_out": ["first", "second"]}]
+
+
+@needs_torchvision
+@pytest.mark.parametrize("turn", [0, 2])
+def test_one_that_fails_leaves_the_times_of_the_others(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first call, or when it has been timed already."""
+    real, calls = times.take_step, []
+
+    def step(loss: partial[Any], problem: Any) -> Any:
+        if loss.keywords["backend"] == times.TORCH:
+            calls.append(loss)
+            if len(calls) > turn:
+                raise RuntimeError("bad")
+        return real(loss, problem)
+
+    monkeypatch.setattr(times, "take_step", step)
+    setup = times.Setup(Size("cases", 200, 4), (times.TORCH, times.FOCAL, times.FLOOR))
+    measured = times.Session(Context(True, 60)).measure(setup)
+    found = [next(measured) for _ in setup.contenders]
+    with pytest.raises(RuntimeError, match="bad"):
+        next(measured)
+    rows = {one["contender"]: one for one in found}
+    assert rows[times.TORCH]["missing"] == "RuntimeError: bad"
+    assert all(rows[name]["device_ms"] for name in (times.FOCAL, times.FLOOR))
+
+
+@needs_torchvision
+def test_after_a_capture_that_failed_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def capture(self: clock.Clock, step: clock.Step) -> clock.Step:
+        tried.append(step)
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(clock.Clock, "capture", capture)
+    session = times.Session(Context(True, 60))
+    setup = times.Setup(Size("cases", 200, 4), (times.TORCH, times.FOCAL, times.FLOOR))
+    reasons = {one["contender"]: one["no_graph"] for one in session.measure(setup)}
+    assert len(tried) == 1
+    assert reasons[times.TORCH] == "the host waits for the device"
+    assert reasons[times.FOCAL] == "RuntimeError: no capture"
+    assert "a capture had failed" in reasons[times.FLOOR]
 
 
 # Clock
@@ -293,6 +370,7 @@ def test_all_that_is_to_be_timed_can_be_drawn(rehearse: bool) -> None:
 def test_compilations_are_counted_by_tritons_hooks() -> None:
     """As the compiler calls them, before and after, by keyword."""
     triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.knobs", reason="hooks of older versions have other names")
     runtime = triton.knobs.runtime
     before = runtime.jit_cache_hook, runtime.jit_post_compile_hook
     info = SimpleNamespace(module="m", name="package.module.count_kernel")
@@ -326,6 +404,23 @@ def test_a_thousandth_of_a_gradient_is_missed_by_no_comparison() -> None:
             broken[active[len(active) // 2]] = 0
             for change in (broken, gradient * 1.001, gradient * torch.nan, gradient[:-1]):
                 assert not oracles.compare(right | {name: change}, wanted, torch.float32).passed
+
+
+def test_float16_loses_half_of_its_smallest_number_an_entry() -> None:
+    """Gradients of 1e6 negatives, each below float16's normal numbers: their sum is off, and nothing is wrong."""
+    n = 1_000_000
+    wanted = np.full(n, -2.7e-7)
+    wanted[:50] = 2.7e-7 * (n - 50) / 50
+    found = torch.as_tensor(wanted).half()
+    passed = oracles.compare({"grad_logits": found}, {"grad_logits": wanted}, torch.float16)
+    assert oracles.imbalance(found) > 0.04
+    assert passed.passed
+    found[0] *= 1.5  # a row's gradient
+    assert not oracles.compare({"grad_logits": found}, {"grad_logits": wanted}, torch.float16).passed
+    single = torch.as_tensor(wanted).float()
+    assert oracles.below_normal(single, torch.float32) == 0
+    single[100:120_000] = 0  # negatives that were lost
+    assert not oracles.compare({"grad_logits": single}, {"grad_logits": wanted}, torch.float32).passed
 
 
 def test_groups_of_the_oracle() -> None:

@@ -63,6 +63,8 @@ import sys, time
 end = time.process_time() + 2.5
 while time.process_time() < end:
     sys.stdout.write("x" * 100_000)
+    for _ in range(10**6):
+        pass
 """
     waits = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
     (done,) = run_together(["-c", waits, work], idle=1)

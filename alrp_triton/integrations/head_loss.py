@@ -22,6 +22,7 @@ from ..distributed import (
 )
 from ..functional import DELTA, DELTA_RS
 from ..modules import ALRPLoss, APLoss, RankSortLoss
+from ..targets import IGNORE_INDEX, check_form, classify
 
 try:
     from torchvision.ops import generalized_box_iou_loss
@@ -171,7 +172,7 @@ class HeadLoss(nn.Module):
             return self._weighted(classification, self._mean(errors, torch.ones_like(errors)))
         ious = _paired_iou(boxes.predicted.detach(), boxes.target)
         ranked = self.criterion(logits, targets, ious)
-        scores = _positive_scores(logits.detach(), targets, errors.numel())
+        scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
 
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class HeadLoss(nn.Module):
             dist.all_reduce(sums, group=group)
         divisor = torch.where(sums[1] > 0, sums[1], 1.0)
         # DDP will take the mean of the processes' gradients, where their sum is that of the joint loss.
-        share = total / divisor * (size if self.criterion.gradient_reduction == "mean" else 1)
+        share = total / divisor * (float(size) if self.criterion.gradient_reduction == "mean" else 1.0)
         return (sums[0] / divisor + (share - share.detach())).to(values.dtype)
 
     def _weighted(self, classification: Tensor, box: Tensor) -> HeadLosses:
@@ -265,12 +266,11 @@ def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return (intersection / torch.where(union > 0, union, 1.0)).clamp(0, 1)
 
 
-def _positive_scores(logits: Tensor, targets: Tensor, count: int) -> Tensor:
+def _positive_scores(logits: Tensor, targets: Tensor, count: int, backend: Backend) -> Tensor:
     """The greatest class score of each positive's anchor, ``(P,)``: the weight of its box in Rank & Sort Loss."""
-    if targets.shape == logits.shape:  # dense: a positive is one entry
-        entries = torch.nonzero_static((targets == 1).flatten(), size=count)[:, 0]
-        return logits.flatten()[entries].float().sigmoid()
-    classes = logits.shape[-1]
-    positive = ((targets >= 0) & (targets < classes)).flatten()
-    anchors = torch.nonzero_static(positive, size=count)[:, 0]
-    return logits.reshape(-1, classes)[anchors].float().amax(-1).sigmoid()
+    form = check_form(logits, targets, None, IGNORE_INDEX)
+    positives = classify(targets, form, count, "boxes", backend)[1]
+    if form.num_classes is None:  # dense: a positive is one entry
+        return logits.flatten()[positives].float().sigmoid()
+    anchors = positives // form.num_classes
+    return logits.reshape(-1, form.num_classes)[anchors].float().amax(-1).sigmoid()

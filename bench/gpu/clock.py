@@ -142,8 +142,13 @@ def capture(step: Step) -> Step:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            results = step()
+    except BaseException:
+        torch.cuda.set_stream(current)  # torch leaves that of the capture where to end it fails, too
+        raise
 
     def replay() -> object:
         graph.replay()

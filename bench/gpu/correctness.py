@@ -77,11 +77,11 @@ class Target(NamedTuple):
 
 
 def shards(rehearse: bool) -> list[str]:
-    """The longest first."""
+    """What takes longest to compile, then what matters most: no shard waits long for want of a process."""
     if rehearse:
         return ["torch.compile", _OTHERS, "triton_binned float32", "triton_tiled bfloat16", "torch float64"]
     of_backends = [f"{backend} {dtype}" for dtype in DTYPES for backend in BACKENDS]
-    return [*compiling.SHARDS, *of_backends, *behaviour.SHARDS, *extremes.SHARDS]
+    return [*compiling.SHARDS, *behaviour.SHARDS, *of_backends, *extremes.SHARDS]
 
 
 def units(shard: str, context: Context) -> list[Unit]:

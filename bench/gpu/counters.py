@@ -42,6 +42,7 @@ METRICS = (
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio",
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio",
 )
+_NOT_HERE = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize the profiler")
 _LONG = 0.01  # a kernel with less of the step's time is left out
 _BASE = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -101,8 +102,8 @@ def _profile(context: Context, ncu: str, name: str) -> Iterator[Record]:
             return
         failed = " ".join(re.findall(r"==(?:ERROR|WARNING)== .*", f"{text}\n{done.stdout}\n{done.stderr}"))[:400]
         failed = failed or f"exit status {done.returncode}: {done.stderr[-300:]}"
-        if "ERR_NVGPUCTRPERM" in failed:
-            raise Skipped(f"the counters are not for this user: {failed}")
+        if any(sign in failed for sign in _NOT_HERE):
+            raise Skipped(f"ncu cannot read this machine's counters: {failed}")
     raise RuntimeError(f"ncu: {failed}")
 
 

@@ -137,7 +137,8 @@ class Pool:
 
     def ended(self, process: "subprocess.Popen[str]") -> None:
         kill(process)  # and what it started
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that the driver does not let go of is left to itself
+            process.wait(_TO_END)
         with self._lock:
             self._alive.discard(process)
 

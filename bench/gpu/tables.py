@@ -5,16 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
+from ..contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..run import RESULTS
 from ..tables import commit, number, table
 from .fit import BINNED, TILED, fit, points
 from .results import load, newest, records
+from .times import WAITING
 from .work import Record
 
 NOTHING = "No GPU has run this yet: `python -m bench gpu` on a machine with one, then `make tables`."
 _FASTER = {LOOP: "loop", BUCKETED: "bucketed", FOCAL: "focal", FOCAL_COMPILED: "focal, compiled"}
-_WAITING = (LOOP, DENSE, BUCKETED)  # known to have the host's time in theirs
 WRONG = "**wrong result**"
 
 
@@ -124,7 +124,7 @@ def _cells(row: Record, rows: list[Record], compared: list[str]) -> list[str]:
         return [f"{name}: {row['missing']}", *[""] * (6 + len(compared))]
     cells = [
         name,
-        spread(row["device_ms"]) + ("" if row["backlog"] or row["contender"] in _WAITING else ", host in it"),
+        spread(row["device_ms"]) + ("" if row["backlog"] or row["contender"] in WAITING else ", host in it"),
     ]
     cells += [spread(row["graph_ms"]), spread(row["host_ms"]), number(row["gb_per_s"])]
     cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")

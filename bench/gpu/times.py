@@ -5,7 +5,7 @@ sizes that matter most come first: a short run has those.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from .work import Context, Record, Unit, explain
 
 AUTO, TILED, BINNED, TORCH = "auto", "triton_tiled", "triton_binned", "torch"
 OURS = (AUTO, TILED, BINNED)
-WAITING = (LOOP, DENSE, BUCKETED)
-"""They select by a mask, and the host has to wait for how many there are: neither a backlog nor a graph is possible."""
+WAITING = (TORCH, LOOP, DENSE, BUCKETED)
+"""They wait for the device, most for how many entries a mask selects: neither a backlog nor a graph is possible."""
 LOOP_PAIRS = 30_000_000_000  # the published loop is left out beyond: some seconds a step
 _PAIR_BYTES = 20  # of the dense matrix and what is made of it, at its peak
 
@@ -127,27 +127,34 @@ class Session:
         self.context = context
         self.clock: Clock | None = None  # which takes memory on the device: not before it is needed
         self.compile_seconds = 0.0
+        self.failed: list[Exception] = []
+        """Of ours, at this size."""
+        self.no_graphs = ""
+        """Why no step is captured any more."""
 
     def measure(self, setup: Setup) -> Iterator[Record]:
-        """A row for each contender."""
+        """A row for each contender; what ours raised is raised after them."""
+        self.failed.clear()
         self.clock = self.clock or Clock(self.context.device)
         dtype = getattr(torch, setup.dtype)
         problem = draw_problem(setup.size, self.context.device, dtype, self.context.seed)
         entries = self._enter(setup, problem)
         for name, entry in entries.items():
             if not entry.missing:
-                self._warm_up(self.clock, name, entry, problem)
-        self._agree(entries, dtype)
-        self._take_turns([entry for entry in entries.values() if entry.timer is not None], "timer", "samples")
+                self._try(name, entry, partial(self._warm_up, self.clock, name, entry, problem))
+        self._agree(entries, dtype, setup.size.positives)
+        self._take_turns(entries, "timer", "samples")
         for name, entry in entries.items():
-            if entry.timer is not None:
+            if not entry.missing:
                 self._capture(self.clock, name, entry)
-        self._take_turns([entry for entry in entries.values() if entry.graph is not None], "graph", "replays")
+        self._take_turns(entries, "graph", "replays")
         for name, entry in entries.items():
             yield self._row(setup, name, entry)
         entries.clear()
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.failed:
+            raise self.failed[0]
 
     def _enter(self, setup: Setup, problem: Problem) -> dict[str, Entry]:
         own = problem if setup.form == "classes" else as_dense(problem, getattr(torch, setup.form))
@@ -182,28 +189,37 @@ class Session:
                 return f"does not fit: {pairs * _PAIR_BYTES >> 30} GiB"
         return ""
 
-    def _warm_up(self, clock: Clock, name: str, entry: Entry, problem: Problem) -> None:
-        """Compiles, and keeps what came out for :meth:`_agree`."""
-        begin = time.perf_counter()
+    def _try(self, name: str, entry: Entry, act: Callable[[], object]) -> None:
+        """What one contender raises does not keep the others from being timed."""
         try:
-            if name == FOCAL_COMPILED:
-                torch.compiler.reset()
-            entry.result = entry.step()
-            self.context.wait()
-            entry.peak_mib = peak_memory(entry.step, problem)
-            entry.timer = clock.timer(entry.step, name in WAITING)
+            act()
         except torch.cuda.OutOfMemoryError:
             entry.missing = "out of memory"
             torch.cuda.empty_cache()
         except Exception as error:
-            if name in OURS or name == TORCH:
-                raise
-            entry.missing = explain(error)  # of others: it does not keep ours from being timed
-        if name == FOCAL_COMPILED:
-            self.compile_seconds = time.perf_counter() - begin
+            entry.missing = explain(error)
+            if name in (*OURS, TORCH):
+                self.failed.append(error)
 
-    def _agree(self, entries: dict[str, Entry], dtype: torch.dtype) -> None:
-        """Sets ``result`` to the largest difference of the gradient from that of the first of ours."""
+    def _warm_up(self, clock: Clock, name: str, entry: Entry, problem: Problem) -> None:
+        """Compiles, and keeps what came out for :meth:`_agree`."""
+        begin = time.perf_counter()
+        if name == FOCAL_COMPILED:
+            torch.compiler.reset()
+        try:
+            entry.result = entry.step()
+            self.context.wait()
+        finally:
+            if name == FOCAL_COMPILED:
+                self.compile_seconds = time.perf_counter() - begin
+        entry.peak_mib = peak_memory(entry.step, problem)
+        entry.timer = clock.timer(entry.step, name in WAITING)
+
+    def _agree(self, entries: dict[str, Entry], dtype: torch.dtype, positives: int) -> None:
+        """Sets ``result`` to the largest difference of the gradient from that of the first of ours.
+
+        Sums over positives are float32 in some, in any order: their errors grow as the root of the number of terms.
+        """
         first: Tensor | None = None
         for name, entry in entries.items():
             step, entry.result = entry.result, None
@@ -213,15 +229,18 @@ class Session:
             if first is None:
                 first = gradient
             entry.result = float((gradient - first).abs().max().double() / first.abs().max().double())
-        self.tolerance = max(1e-5, GRADIENT[dtype])
+        self.tolerance = max(1e-5, GRADIENT[dtype], 1e-7 * positives**0.5)
 
-    def _take_turns(self, entries: list[Entry], timer: str, samples: str) -> None:
+    def _take_turns(self, entries: dict[str, Entry], timer: str, samples: str) -> None:
         for _ in range(1 if self.context.rehearse else _SAMPLES):
-            for entry in entries:
+            for name, entry in entries.items():
+                by: Timer | None = getattr(entry, timer)
+                if by is None or entry.missing:
+                    continue
                 taken: list[Timing] = getattr(entry, samples)
                 spent = sum(max(one.device_ms, one.host_ms) for one in taken) / 1e3
                 if len(taken) < _LEAST or (spent < _SECONDS and self.context.left > 0):
-                    taken.append(getattr(entry, timer).take())
+                    self._try(name, entry, lambda by=by, taken=taken: taken.append(by.take()))
 
     def _capture(self, clock: Clock, name: str, entry: Entry) -> None:
         if name in WAITING:
@@ -230,13 +249,15 @@ class Session:
             entry.no_graph = "not tried"
         elif self.context.attempt > 1:
             entry.no_graph = "not tried, for processes had crashed"
+        elif self.no_graphs:
+            entry.no_graph = f"not tried, for a capture had failed: {self.no_graphs}"
         else:
             try:
                 step: Step = clock.capture(entry.step)
                 step()
                 entry.graph = clock.timer(step)
             except RuntimeError as error:
-                entry.no_graph = explain(error)
+                entry.no_graph = self.no_graphs = explain(error)
 
     def _row(self, setup: Setup, name: str, entry: Entry) -> Record:
         size = setup.size._asdict()

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -70,6 +71,12 @@ def work(step: str, shard: str, done: int, context: Context, say: Any) -> int:
                 say({"record": record})
         except BrokenPipeError:
             raise
+        except Skipped as reason:
+            say({"skipped": str(reason)})
+            return 0
+        except subprocess.TimeoutExpired:
+            say({"left_out": [other.name for other in units[index:]]})
+            return 0
         except Exception as error:
             say({"error": unit.name, "text": explain(error)})
         if _poisoned(context):
