@@ -7,8 +7,9 @@ RUN := .venv/bin/python
 demo test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
 PIP := -m pip install --no-compile --quiet --disable-pip-version-check
 
-# Tests run on two cores or more, those of a file in one process. PYTEST="-n 0" runs them one by one.
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# Tests run on two cores or more, those of a file in one process, in the order of the files: the long ones come early.
+# PYTEST="-n 0" runs them one by one.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench gpu compiled soak large tables figure1 install-check clean
 
@@ -33,7 +34,7 @@ coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the p
 SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
-OF_VERSIONS := api balance bench_gpu_parts binned boxes compile errors family groups integration_torchvision loss metrics \
+OF_VERSIONS := compile api balance bench_gpu_parts binned boxes errors family groups integration_torchvision loss metrics \
   operator readme reference suite targets training
 OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/test_%.py) $(PYTEST)
 

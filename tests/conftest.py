@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.interpreter import patch_language_once
+from tests.interpreter import hasten
 from tests.processes import ROOT as ROOT
 from tests.processes import TORCHRUN as TORCHRUN
 from tests.processes import run_together as run_together
@@ -40,7 +40,7 @@ def environment_for(device_type: str) -> dict[str, str]:
 
 os.environ.update(environment_for(DEVICE))
 if DEVICE == "cpu" and TRITON is not None:
-    patch_language_once()
+    hasten()
 if sys.platform == "linux":  # all processes are on this machine, whose name need not be known to any network
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

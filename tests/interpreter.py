@@ -1,25 +1,28 @@
-"""Triton's interpreter, in half of its time."""
+"""Triton's interpreter, in less than half of its time."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 
-def patch_language_once() -> None:
-    """Let the interpreter prepare ``triton.language`` once a launch.
+def hasten() -> None:
+    """Let the interpreter leave out what it does again and again and what finds nothing here.
 
-    It does so again, with a look at all that the module has, at each call of a function within a kernel, which takes
-    half of the time of small kernels and changes nothing. Where a version names it otherwise, it stays slow.
+    It prepares ``triton.language`` at each call of a function within a kernel, with a look at all that the module has;
+    once a launch is enough. And it looks for overflow after every operation on integers, which sizes that it can
+    interpret in a test do not come near to. Where a version names these otherwise, it stays as slow as it is.
     """
     interpreter: Any = import_module("triton.runtime.interpreter")
     if not hasattr(interpreter, "_LangPatchScope"):
         return
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     prepare, language, prepared = interpreter._patch_lang, interpreter.tl, set[frozenset[int]]()
 
     def prepare_once(function: Any) -> Any:
         # A function sees the language under one of two names, and each is prepared by itself.
-        seen = frozenset(
-            id(value) for value in function.__globals__.values() if value is language or value is language.core
-        )
+        names = function.__globals__.values()
+        seen = frozenset(id(value) for value in names if value is language or value is language.core)
         if seen in prepared:
             return interpreter._LangPatchScope()  # which has nothing to put back
         scope = prepare(function)

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import torch
 
+from tests.interpreter import hasten
+
 from .work import Context, Skipped, explain, plain
 
 POISONED = 3
@@ -107,6 +109,7 @@ def main() -> None:
 
     if options.rehearse:
         torch.set_num_threads(1)  # beside others like this one
+        hasten()
     context = Context(options.rehearse, options.until - time.time(), options.attempt)
     status = work(options.step, options.shard, options.done, context, say)
     if status == 0:
