@@ -87,7 +87,8 @@ def lrp(
         return last._replace(threshold=score_threshold)
     if true == 0:
         return Errors(1.0, math.nan, math.nan, 1.0, math.nan)
-    return min(points, key=lambda point: point.lrp)
+    least = min(point.lrp for point in points)
+    return next(point for point in points if point.lrp <= least + 1e-9)  # equal but for rounding
 
 
 def mean(values: Sequence[float]) -> float:

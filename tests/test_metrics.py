@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,29 @@ def test_by_hand() -> None:
     np.testing.assert_allclose(lrp_at(*arguments, score_threshold=0.7), [3 / 4, 0.25, 1 / 3, 1 / 3, 0.7])
     np.testing.assert_allclose(lrp_at(*arguments, score_threshold=0.75), [3.2 / 4, 0.1, 1 / 2, 2 / 3, 0.75])
     np.testing.assert_allclose(optimal_lrp(*arguments, tau=0.0), [(0.5 + 1 + 1) / 4, 0.25, 1 / 3, 1 / 3, 0.7])
+
+
+def test_of_equal_optima_the_highest_score() -> None:
+    """In fractions, which are not rounded: true ones of IoU 0.6 or 0.8, which meet in the same LRP often."""
+    rng = np.random.default_rng(0)
+    met = 0
+    for _ in range(1000):
+        is_tp = rng.random(20) < 0.5
+        is_tp[0] |= not is_tp.any()
+        twentieths = rng.choice([12, 16], 20)
+        truths = int(is_tp.sum()) + int(rng.integers(0, 3))
+        exact: list[Fraction] = []
+        error, true, false = Fraction(0), 0, 0
+        for hit, twentieth in zip(is_tp.tolist(), twentieths.tolist(), strict=True):
+            true, false = true + hit, false + (not hit)
+            error += hit * (1 - Fraction(twentieth, 20)) / Fraction(1, 2)
+            exact.append((error + false + truths - true) / (false + truths))
+        least = min(exact)
+        met += exact.count(least) > 1
+        found = optimal_lrp(np.arange(20, 0, -1) / 20, is_tp, twentieths / 20, truths)
+        assert found.threshold == (20 - exact.index(least)) / 20
+        assert float(found.lrp) == pytest.approx(float(least), abs=1e-12)
+    assert met > 10
 
 
 def test_by_hand_from_boxes() -> None:

@@ -16,6 +16,7 @@ from ..boxes import TAU
 from ..checks import check_integer, check_number
 
 FloatArray = NDArray[np.float64]
+ROUNDING = 1e-9  # sums of a million terms in float64 are better than this
 
 
 class LRPErrors(NamedTuple):
@@ -88,7 +89,9 @@ def lrp_curve(scores: ArrayLike, is_tp: ArrayLike, ious: ArrayLike, num_truths: 
 def optimal_lrp(
     scores: ArrayLike, is_tp: ArrayLike, ious: ArrayLike, num_truths: int, *, tau: float = TAU
 ) -> LRPErrors:
-    """Optimal LRP of a class: the least of :func:`lrp_curve`, the first of several. Same arguments, same errors.
+    """Optimal LRP of a class: the least of :func:`lrp_curve`. Same arguments, same errors.
+
+    Of several scores with the least LRP, equal up to rounding (1e-9), the highest is its threshold.
 
     Returns:
         0-d arrays. Without a true positive LRP and the false negative component are 1 and the rest is NaN; without
@@ -97,7 +100,7 @@ def optimal_lrp(
     curve = lrp_curve(scores, is_tp, ious, num_truths, tau=tau)
     if num_truths == 0 or not np.any(is_tp):
         return _nothing_found(num_truths, math.nan)
-    return _point(curve, int(np.argmin(curve.lrp)))
+    return _point(curve, int(np.argmax(curve.lrp <= curve.lrp.min() + ROUNDING)))
 
 
 def lrp_at(
