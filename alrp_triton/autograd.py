@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import operators
-from .comparison import SortedMatrix, at_zero
+from .comparison import SortedMatrix
 from .dispatch import Backend
 from .distributed import ORDER
+from .formulas import at_zero
 
 
 class Settings(NamedTuple):
@@ -48,7 +49,7 @@ class Terms(NamedTuple):
     own_second: Tensor | None = None
     """``(P,)``: gradient of the second loss in the positive's logit."""
     of_rank: Tensor | None = None
-    """``(P,)``: gradient of the second loss in the values of all positives that are not below."""
+    """``(P,)``: gradient of the second loss in the values that it ranks: of all positives above, and of itself."""
 
 
 # From the matrix, what is ranked, settings, dtype of the losses, and whether the logits want a gradient.

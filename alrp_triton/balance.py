@@ -48,13 +48,15 @@ class SelfBalance(nn.Module):
 
     The weight starts at ``initial_weight``. At every ``period``-th step it becomes, from the losses of that period,
     (mean localisation + mean classification) / mean localisation, and applies from that very step on, as published.
-    The state lives in buffers: it is in the ``state_dict``, survives a resume, moves with the module, and no step waits
-    for the device. Steps whose losses are not finite (say, an overflow that a gradient scaler skips) are left out of
-    the means, and a period that gives no finite weight (a mean localisation of 0) leaves it as it is. In ``eval``
-    mode the weight is applied and nothing is recorded. The state stays float32 when the module is cast.
+    A step without positives, in which both losses are 0, is not counted, as published. The state lives in buffers: it
+    is in the ``state_dict``, survives a resume, moves with the module, and no step waits for the device. Steps whose
+    losses are not finite (say, an overflow that a gradient scaler skips) are left out of the means, and a period that
+    gives no finite weight (a mean localisation of 0) leaves it as it is. In ``eval`` mode the weight is applied and
+    nothing is recorded. The state stays float32 when the module is cast.
 
     Args:
-        period: number of steps between two updates, at least 1; published: an epoch (3665 steps of 32 images of COCO).
+        period: number of steps with positives between two updates, at least 1; published: an epoch (3665 steps of 32
+            images of COCO).
         initial_weight: weight until the end of the first period; published: 50.
 
     Attributes:
@@ -94,7 +96,7 @@ class SelfBalance(nn.Module):
         finite = classification.isfinite() & localisation.isfinite()
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)
-        self.steps += 1
+        self.steps += (classification != 0) | (localisation != 0)  # NaN is not 0
         ended = self.steps >= self.period  # beyond it after a resume with a shorter period
         balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum  # NaN or inf for 0
         self.weight.copy_(torch.where(ended & balanced.isfinite(), balanced, self.weight))

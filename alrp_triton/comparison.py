@@ -17,11 +17,6 @@ from .checks import check_delta, check_same_device, check_tensor, describe
 from .dispatch import Backend, check_backend
 
 
-def at_zero(delta: float) -> float:
-    """h(0), the entry of a row against its own score."""
-    return 0.5 if delta > 0 else 1.0
-
-
 class SortedMatrix(NamedTuple):
     """H as the losses use it: nothing is checked, and rows are in ascending order, as :mod:`.operators` wants them.
 
@@ -51,7 +46,7 @@ class SortedMatrix(NamedTuple):
         return operators.among_rows(self.rows, v, self.delta, self.backend, self.row_groups)
 
     def below_rows(self, w: Tensor) -> Tensor:
-        return operators.below_rows(self.rows, w, self.backend, self.row_groups)
+        return operators.below_rows(self.rows, w, self.delta, self.backend, self.row_groups)
 
     def among_grades(self, grades: Tensor) -> Tensor:
         return operators.among_grades(self.rows, grades, self.delta, self.backend, self.row_groups)
@@ -167,18 +162,20 @@ class ComparisonMatrix:
 
         Returns:
             float64 ``(3, P)``, in the order of ``rows``: for each row i, over all rows k with itself, the sums of
-            h(s_k - s_i), of h(s_k - s_i) v_k, and of 1[s_k >= s_i] v_k.
+            h(s_k - s_i), of h(s_k - s_i) v_k, and of v ranked: v_k for s_k > s_i and for k = i, h(0) v_k for another
+            k of s_k = s_i.
         """
         return self._as_given(self._matrix.among_rows(self._sorted("v", v)))
 
     def below_rows(self, w: Tensor) -> Tensor:
-        """The transpose of the hard comparison among the rows: for each row k the sum of w_i over s_i <= s_k.
+        """The transpose of the third of :meth:`among_rows`.
 
         Args:
             w: floats ``(P,)``, in the order of ``rows``.
 
         Returns:
-            float64 ``(P,)``, in the order of ``rows``.
+            float64 ``(P,)``, in the order of ``rows``: for each row k the sum of w_i over s_i < s_k and over i = k, and
+            of h(0) w_i over the other i of s_i = s_k.
         """
         return self._as_given(self._matrix.below_rows(self._sorted("w", w)))
 

@@ -195,12 +195,12 @@ def among_rows(rows: Tensor, values: Tensor, delta: float, backend: str, row_gro
     return _of_rows(rows, backend).among_rows(rows, values, delta)
 
 
-def below_rows(rows: Tensor, weights: Tensor, backend: str, row_groups: Tensor | None = None) -> Tensor:
+def below_rows(rows: Tensor, weights: Tensor, delta: float, backend: str, row_groups: Tensor | None = None) -> Tensor:
     if rows.numel() == 0:
         return torch.zeros_like(rows)
     if row_groups is not None:
-        return _by_block(partial(below_rows, backend=backend), row_groups, rows, weights)
-    return _of_rows(rows, backend).below_rows(rows, weights)
+        return _by_block(partial(below_rows, delta=delta, backend=backend), row_groups, rows, weights)
+    return _of_rows(rows, backend).below_rows(rows, weights, delta)
 
 
 def among_grades(rows: Tensor, grades: Tensor, delta: float, backend: str, row_groups: Tensor | None = None) -> Tensor:

@@ -12,6 +12,11 @@ MOST_GRADE = 1 + 2.0**-7
 """The greatest IoU that is taken for one: rounding may lift 1, by so much in bfloat16, and a class index is no IoU."""
 
 
+def at_zero(delta: float) -> float:
+    """h(0), the entry of a row against its own score, and against others that tie with it."""
+    return 0.5 if delta > 0 else 1.0
+
+
 def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_zero, eps, where):
     """ALRP Loss (Oksuz et al., NeurIPS 2020, Equations 9 to 11 and Theorem 1) for positive i.
 
@@ -19,7 +24,7 @@ def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_
         false_positives: FP_i = sum of H_ij over negatives j.
         positives_above: sum of H_ik over all positives k, i itself included.
         box_above: sum of H_ik E_k over the same.
-        ranked_box: sum of E_k over all k with s_k >= s_i.
+        ranked_box: sum of E_k over all k with s_k > s_i, of h(0) E_k over others with s_k = s_i, and E_i.
         box_error: E_i.
         at_zero: h(0), what i itself contributes to the sums.
         eps: with no more false positives than this, i causes no gradient.

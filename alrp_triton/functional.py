@@ -94,7 +94,7 @@ def alrp_loss(
         FP_i   = sum_j H_ij
         rank_i = 1 + sum_{k != i} H_ik + FP_i
         classification = mean_i FP_i / rank_i
-        localisation   = mean_i (1 / rank_i) sum_{k: s_k >= s_i} E_k
+        localisation   = mean_i (1 / rank_i) (E_i + sum_{k: s_k > s_i} E_k + h(0) sum_{k != i: s_k = s_i} E_k)
 
     The gradient with respect to the logits is **the error-driven update** of the paper (Theorem 1), scaled by the
     incoming gradient; it is not the derivative of the value above, whose step has none worth using. It contains the
@@ -141,9 +141,8 @@ def alrp_loss(
         * No positives: both losses are 0 whatever the logits, each connected to the graph if its input requires a
           gradient; all gradients are 0.
         * No negatives, everything ignored, N = 0: as the formulas say, no NaN from finite input.
-        * Ties: equal scores see each other with h(0), 1/2 for delta > 0 and 1 for delta = 0; in ``localisation`` equal
-          positives count for each other both ways; ``order`` is stable. Values and gradients do not depend on the order
-          of the input, but for rounding.
+        * Ties: equal scores see each other with h(0), 1/2 for delta > 0 and 1 for delta = 0, in ``rank`` and in both
+          losses; ``order`` is stable. Values and gradients do not depend on the order of the input, but for rounding.
         * NaN in a positive's or negative's logit, +-inf in a positive's logit: both losses and the gradients of all
           logits that count, in its group, are NaN. NaN or +-inf in a box error: ``localisation`` is NaN, and so is
           every update that contains it: those of positives with FP_i > eps and, if there is one, of the negatives. -inf

@@ -10,8 +10,9 @@ included, which so cost no graph break. ``rows`` are the positives' scores, floa
 * ``rmatvec(rows, weights, columns, mask, delta, backend)``: g_j = sum_i H_ij w_i in the dtype and shape of the columns,
   0 where the mask is False.
 * ``among_rows(rows, values, delta, backend)``: the rows' comparisons among themselves, float64 ``(3, P)``: H 1, H v,
-  and H v with the hard step (delta = 0), for ``values`` v, float64 ``(P,)``.
-* ``below_rows(rows, weights, backend)``: the transpose of the last, g_k = sum of w_i over s_i <= s_k, float64 ``(P,)``.
+  and R v, for ``values`` v, float64 ``(P,)``. R is the ranking: R_ik = 1 for s_k > s_i and for k = i, h(0) for others
+  that tie, else 0.
+* ``below_rows(rows, weights, delta, backend)``: the transpose of the last, R^T w, float64 ``(P,)``.
 * ``among_grades(rows, grades, delta, backend)``: the same with a second order, ``grades`` t, float64 ``(P,)``: float64
   ``(4, P)``; for each row i the sums of H_ik and of H_ik (1 - t_k) over the rows of t_k >= t_i, and over those of
   t_k < t_i. Pair by pair: O(P^2) work, O(P) memory.
@@ -135,7 +136,9 @@ among_rows = _define(
     _among_rows,
 )
 below_rows = _define(
-    f"below_rows(Tensor rows, Tensor weights, str backend, {_OF_ROWS}) -> Tensor", dispatch.below_rows, _like_first
+    f"below_rows(Tensor rows, Tensor weights, float delta, str backend, {_OF_ROWS}) -> Tensor",
+    dispatch.below_rows,
+    _like_first,
 )
 among_grades = _define(
     f"among_grades(Tensor rows, Tensor grades, float delta, str backend, {_OF_ROWS}) -> Tensor",

@@ -99,12 +99,13 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         terms = {"BLOCK": triton_losses.BLOCK}
         for step, hard in (("", False), (" hard", True)):
             tile = triton_graded.TILE | {"HARD": hard}
+            flag = among | {"HARD": hard}
+            found[f"among rows{step}"] = Kernel(triton_tiled.among_rows_kernel, flag, out, triton_tiled.WARPS)
+            found[f"below rows{step}"] = Kernel(triton_tiled.below_rows_kernel, flag, out, triton_tiled.WARPS)
             found[f"among grades{step}"] = Kernel(triton_graded.among_grades_kernel, tile, out, triton_graded.WARPS)
             found[f"below grades{step}"] = Kernel(triton_graded.below_grades_kernel, tile, out, triton_graded.WARPS)
         dense = {"SIGNED": True, "GRADED": False, "BLOCK": triton_targets.BLOCK}
         found |= {
-            "among rows": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": False}, out, triton_tiled.WARPS),
-            "among rows hard": Kernel(triton_tiled.among_rows_kernel, among | {"HARD": True}, out, triton_tiled.WARPS),
             "alrp terms": Kernel(triton_losses.alrp_kernel, terms, {}, triton_losses.WARPS),
             "ap terms": Kernel(triton_losses.ap_kernel, terms | {"INTERPOLATE": True}, {}, triton_losses.WARPS),
             "rank sort terms": Kernel(triton_losses.rank_sort_kernel, terms, {}, triton_losses.WARPS),

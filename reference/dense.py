@@ -74,19 +74,22 @@ def alrp_loss(
     to_positives = comparison_matrix(s[positives], s[positives], delta)
     others = to_positives.copy()
     np.fill_diagonal(others, 0 * np.diag(to_positives))
-    at_or_above = comparison_matrix(s[positives], s[positives], 0.0)
+    # The step without a width, which counts a tie as the step with one does; and each positive itself.
+    below = comparison_matrix(s[positives], s[positives], 0.0).T
+    ranked = 1 - below + (0.5 if delta > 0 else 1.0) * below * below.T
+    np.fill_diagonal(ranked, 1 + 0 * np.diag(below))
 
     false_positives = _false_positives(to_negatives, to_positives)
     rank = 1 + others.sum(axis=1) + false_positives
     classification = np.mean(false_positives / rank)
-    localisation = np.mean((at_or_above @ errors) / rank)
+    localisation = np.mean((ranked @ errors) / rank)
 
     active = ~(false_positives <= eps)
     error = np.where(active, (false_positives + others @ errors) / rank, 0.0)
     share = np.divide(error, false_positives, out=np.zeros(count), where=active)
     grad[positives] = -error / count
     grad[negatives] = share @ to_negatives / count
-    grad_box_errors = (1 / rank) @ at_or_above / count
+    grad_box_errors = (1 / rank) @ ranked / count
     order = np.argsort(s[positives], kind="stable")
     return Result(float(classification), float(localisation), rank, order, grad, grad_box_errors)
 

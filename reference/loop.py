@@ -44,12 +44,15 @@ def alrp_loss(
             positive_grad[i] = -error
             negative_grad += outranking * (error / false_positives)
 
-    # The localisation part, from the best positive down. Equal scores count for each other both ways.
+    # The localisation part: sums along the order, so that of two equal scores one counts for the other, by chance of
+    # the order; the mean over both orders of each pair has no chance in it. The hard step counts both, both ways.
     localisation, box_grad = 0.0, np.zeros(count)
-    for i in order[::-1]:
-        members = positive_scores >= positive_scores[i]
-        localisation += errors[members].sum() / rank[i]
-        box_grad[members] += 1.0 / rank[i]
+    turned = order[::-1][np.argsort(positive_scores[order[::-1]], kind="stable")]
+    for sequence in (order, turned):
+        for place, i in enumerate(sequence):
+            members = sequence[place:] if delta > 0 else positive_scores >= positive_scores[i]
+            localisation += errors[members].sum() / rank[i] / 2
+            box_grad[members] += 1.0 / rank[i] / 2
 
     grad = np.zeros_like(scores)
     divisor = max(count, 1)

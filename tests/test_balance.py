@@ -28,6 +28,19 @@ def test_schedule_by_hand() -> None:
     assert SelfBalance(1, initial_weight=7).weight == 7
 
 
+def test_steps_without_positives_are_not_counted() -> None:
+    """The published heads append to their history where there are positives, and nowhere else."""
+    balance = SelfBalance(period=2)
+    step(balance, 0.9, 0.01)
+    for _ in range(3):
+        assert step(balance, 0.0, 0.0) == 0
+        assert balance.weight == 50
+    assert_near(step(balance, 0.7, 0.01), (0.9 + 0.7 + 0.02) / 0.02 * 0.01, 1e-6)
+    assert_near(step(balance, 0.0, 1.0), 81.0, 1e-6)  # a perfect ranking counts, and so do perfect boxes
+    assert_near(step(balance, 1.0, 0.0), 0.0, 1e-6)
+    assert_near(balance.weight, 2.0, 1e-6)
+
+
 def test_gradient_reaches_only_the_localisation() -> None:
     balance = SelfBalance(period=1)
     classification, localisation = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.25))

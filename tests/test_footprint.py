@@ -110,7 +110,7 @@ def test_footprint(kernels: Backend, in_forward: int, in_backward: int, form: st
         tables = ["knots_kernel", "lut_kernel"]
         assert forward.launches == [targets, *tables, "count_kernel", "rows_kernel", "among_rows_kernel", "alrp_kernel"]
         of_logits = [*tables, "lines_kernel", "evaluate_kernel"]
-    assert backward.launches == [*of_logits, "prepare_kernel", "rmatvec_kernel"]  # and of the box errors
+    assert backward.launches == [*of_logits, "below_rows_kernel"]  # and of the box errors
     in_forward += 4 * (device == "cuda")
     assert len(forward.operations) <= in_forward, forward.operations
     assert len(backward.operations) <= in_backward, backward.operations

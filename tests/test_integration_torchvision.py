@@ -259,7 +259,7 @@ def test_region_proposals(loss: Loss) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_box_head(loss: Loss) -> None:
-    """The box head: tau 0.5, all proposals, no ground truth among them, classes without a background."""
+    """The box head: tau 0.5, all proposals, ground truth among them for Rank & Sort Loss alone, no background."""
     model, parts = make("faster_rcnn", loss)
     spread(model)
     data = batch()
@@ -268,6 +268,8 @@ def test_box_head(loss: Loss) -> None:
     with mock.patch.object(model.roi_heads, "add_gt_proposals", wraps=model.roi_heads.add_gt_proposals) as spy:
         losses = model(*data)
     proposals, truths = spy.call_args.args
+    if loss == "rank_sort":
+        proposals = [torch.cat(pair) for pair in zip(proposals, truths, strict=True)]
     logits, deltas = predicted[0]
     assert len(logits) == sum(map(len, proposals))
     matches, labels = model.roi_heads.assign_targets_to_proposals(proposals, truths, [t["labels"] for t in data[1]])
@@ -324,9 +326,10 @@ def test_box_head_detects_by_sigmoid() -> None:
     assert all((rounded - score).abs().min() < 1e-6 for score in scores)
 
 
-def test_atss_assignment() -> None:
+@pytest.mark.parametrize(("settings", "candidates"), [({}, 9), ({"candidates": 27}, 27)])
+def test_atss_assignment(settings: dict[str, Any], candidates: int) -> None:
     """RetinaNet with ATSS: matches are those of the algorithm, image by image; nothing is ignored."""
-    model, parts = make("retinanet", assignment="atss")
+    model, parts = make("retinanet", assignment="atss", **settings)
     data = batch()
     matched: list[Tensor] = []
 
@@ -338,7 +341,7 @@ def test_atss_assignment() -> None:
         losses, (_, outputs, of_images, _) = seen_by(model, model.head, "compute_loss", data)
     for target, of_image, match in zip(data[1], of_images, matched, strict=True):
         levels = [16 * 16 * 3, 8 * 8 * 3]
-        assert torch.equal(match, brute_force_atss(target["boxes"], of_image, levels, 27))
+        assert torch.equal(match, brute_force_atss(target["boxes"], of_image, levels, candidates))
 
     def code(deltas: list[float], anchor: list[float], true: list[float]) -> Corners:
         return decode(deltas, anchor, (1, 1, 1, 1)), true, deltas, deltas
@@ -612,6 +615,8 @@ def test_losses_of_a_copy() -> None:
         ({"period": 0}, ValueError, "period must be at least 1"),
         ({"assignment": "max"}, ValueError, "assignment must be 'iou' or 'atss', got 'max'"),
         ({"model": fcos(), "assignment": "atss"}, ValueError, "'atss' is for RetinaNet; FCOS has one of its own"),
+        ({"candidates": 9}, ValueError, "candidates are those of assignment 'atss'; got candidates=9 with 'iou'"),
+        ({"assignment": "atss", "candidates": 0}, ValueError, "candidates must be at least 1"),
         ({"box_loss": "l1"}, ValueError, "box_loss must be 'giou', 'smooth_l1' or None, got 'l1'"),
         ({"box_loss": "smooth_l1"}, ValueError, "box_loss must be 'giou' for loss 'alrp'"),
         ({"box_weight": -1.0}, ValueError, "box_weight must be at least 0"),

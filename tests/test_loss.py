@@ -93,6 +93,17 @@ def test_invariants(name: str, backend: Backend, device: str) -> None:
     assert_near(run(turned, backend, device)[1].flip(0), grad, 1e-6, "permutation")
 
 
+@pytest.mark.parametrize(("delta", "rank"), [(1.0, 25.5), (0.0, 50.0)])
+def test_of_tied_positives_each_counts_by_half(delta: float, rank: float, backend: Backend, device: str) -> None:
+    """By hand: no negatives, 50 equal scores; each has itself and 49 times h(0) in its rank, and in its sum of errors."""
+    errors = torch.linspace(0, 2, 50, device=device).requires_grad_()
+    ones = torch.ones(50, dtype=torch.int64, device=device)
+    out = alrp_loss(torch.zeros(50, device=device), ones, errors, delta=delta, backend=backend)
+    assert_near(out.rank, np.full(50, rank), 1e-6)
+    assert_near(out.localisation, 1.0, 1e-6)  # the mean error
+    assert_near(torch.autograd.grad(out.localisation, errors)[0], np.full(50, 1 / 50), 1e-6)
+
+
 def test_mutations_are_caught() -> None:
     """The comparer fails on a zero gradient and on one that lost 0.1 % of its active negatives, the smallest included."""
     case = draw(0, 20_000, 100)

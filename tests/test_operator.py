@@ -187,15 +187,18 @@ def test_the_rows_among_themselves(backend: Backend, device: str, delta: float, 
     rows = draw(p, 1, torch.float32, device)[0]
     rows[::3] = rows[0]
     v = torch.rand(p, device=device)
-    soft, hard = (comparison_matrix(as_numpy(rows), as_numpy(rows), d) for d in (delta, 0.0))
+    soft = comparison_matrix(as_numpy(rows), as_numpy(rows), delta)
+    # A step narrower than any distance counts what the ranking does, but for the rows themselves.
+    ranking = comparison_matrix(as_numpy(rows), as_numpy(rows), min(delta, 1e-9))
+    np.fill_diagonal(ranking, 1)
     matrix = ComparisonMatrix(rows, rows[:0], delta=delta, backend=backend)
     count, weighed, ranked = matrix.among_rows(v)
     # Triton's interpreter passes a Python float, delta, as float32.
     tolerance = 1e-8 if backend.startswith("triton") and device == "cpu" else 1e-12
     assert_near(count, soft.sum(1), tolerance)
     assert_near(weighed, soft @ as_numpy(v), tolerance)
-    assert_near(ranked, hard @ as_numpy(v), 1e-12)
-    assert_near(matrix.below_rows(v), as_numpy(v) @ hard, 1e-12)
+    assert_near(ranked, ranking @ as_numpy(v), 1e-12)
+    assert_near(matrix.below_rows(v), as_numpy(v) @ ranking, 1e-12)
     v[p // 2] = torch.nan
     assert torch.equal(matrix.among_rows(v).isnan().all(1).cpu(), torch.tensor([False, True, True]))
     assert matrix.below_rows(v).isnan().all()
@@ -258,7 +261,7 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
     for weights in (None, mask, torch.rand(100, device=device)):
         torch.library.opcheck(torch.ops.alrp_triton.matvec, (rows, columns, weights, delta, backend), test_utils=tests)
     torch.library.opcheck(torch.ops.alrp_triton.among_rows, (rows, rows, delta, backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.below_rows, (rows, rows, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.below_rows, (rows, rows, delta, backend), test_utils=tests)
     for keep in (None, mask):
         torch.library.opcheck(
             torch.ops.alrp_triton.rmatvec, (rows, rows, columns, keep, delta, backend), test_utils=tests
@@ -293,7 +296,7 @@ def test_operators_pass_opcheck_with_groups_and_unknown_sizes(dynamic: bool, bac
         (ops.matvec, (rows, columns, mask, 1.0, backend, *of_both)),
         (ops.rmatvec, (rows, rows, columns, mask, 1.0, backend, *of_both)),
         (ops.among_rows, (rows, rows, 1.0, backend, *of_rows)),
-        (ops.below_rows, (rows, rows, backend, *of_rows)),
+        (ops.below_rows, (rows, rows, 1.0, backend, *of_rows)),
         (ops.among_grades, (rows, rows.abs(), 1.0, backend, *of_rows)),
         (ops.below_grades, (rows, rows.abs(), rows, 1.0, backend, *of_rows)),
         (ops.ap_terms, (rows.abs(), rows.abs() + 1, 0.5, True, torch.float32, backend, *of_rows)),

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..formulas import at_zero
 from .knots import below_rows as below_rows
-from .knots import working_dtype
+from .knots import ranked, working_dtype
 
 _STRIP = 1024
 
@@ -124,12 +125,12 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
 
 @np.errstate(invalid="ignore")
 def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
-    """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
+    """Products of the rows' own matrix with 1 and v, and v ranked; contract in :mod:`alrp_triton.operators`."""
     s, v, out = rows.numpy(), values.numpy(), np.zeros((3, rows.numel()))
     _sum_columns(s, s, None, scale_of(delta), out[0])
     _sum_columns(s, s, v, scale_of(delta), out[1])
-    _sum_columns(s, s, v, 0.0, out[2])
-    out[1:] += (v * 0).sum()
+    out[1] += (v * 0).sum()
+    out[2] = ranked(s, v, at_zero(delta))
     return torch.from_numpy(out)
 
 

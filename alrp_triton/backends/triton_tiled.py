@@ -202,16 +202,26 @@ def step(distance, scale, HARD: tl.constexpr):
     return h
 
 
+@triton.jit
+def place(distance, itself, HARD: tl.constexpr):
+    """What a row counts in the ranking of another: 1 above it, h(0) where it ties, 1 as itself."""
+    if HARD:
+        counted = tl.where(distance >= 0.0, 1.0, 0.0).to(tl.float64)
+    else:
+        counted = tl.where((distance > 0.0) | itself, 1.0, tl.where(distance == 0.0, 0.5, 0.0)).to(tl.float64)
+    return counted
+
+
 @triton.jit(do_not_specialize=["P"])
 def among_rows_kernel(
     rows_ptr, values_ptr, out_ptr, P, delta: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr
 ):
-    """Program b: block b of the rows against all rows -> out[0 … 2, rows of b]: sums of h, of h v, of hard h v."""
+    """Program b: block b of the rows against all rows -> out[0 … 2, rows of b]: sums of h, of h v, of v ranked."""
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.load(rows_ptr + tl.minimum(index, P - 1))
     count = tl.zeros([ROWS, COLUMNS], tl.float64)
     soft = tl.zeros([ROWS, COLUMNS], tl.float64)
-    hard = tl.zeros([ROWS, COLUMNS], tl.float64)
+    ranked = tl.zeros([ROWS, COLUMNS], tl.float64)
     poison = tl.zeros([COLUMNS], tl.float64)
     scale = 0.0 if HARD else 0.5 / delta
     for begin in range(0, P, COLUMNS):
@@ -219,16 +229,33 @@ def among_rows_kernel(
         x = tl.load(rows_ptr + column, mask=column < P, other=float("-inf"))
         value = tl.load(values_ptr + column, mask=column < P, other=0.0)
         poison += value * 0.0
-        above = x[None, :] >= row[:, None]
-        h = step(x[None, :] - row[:, None], scale, HARD)
+        distance = x[None, :] - row[:, None]
+        h = step(distance, scale, HARD)
         count += h
         soft += h * value[None, :]
-        hard += tl.where(above, value[None, :], 0.0)
+        ranked += place(distance, column[None, :] == index[:, None], HARD) * value[None, :]
     of_rows = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0
     of_both = of_rows + tl.sum(poison, axis=0)
     tl.store(out_ptr + index, tl.sum(count, axis=1) + of_rows, mask=index < P)
     tl.store(out_ptr + P + index, tl.sum(soft, axis=1) + of_both, mask=index < P)
-    tl.store(out_ptr + 2 * P + index, tl.sum(hard, axis=1) + of_both, mask=index < P)
+    tl.store(out_ptr + 2 * P + index, tl.sum(ranked, axis=1) + of_both, mask=index < P)
+
+
+@triton.jit(do_not_specialize=["P"])
+def below_rows_kernel(rows_ptr, weights_ptr, out_ptr, P, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr):
+    """Program b: block b of the rows, the sum of the weights of those in whose ranking they count -> out[rows of b]."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = tl.load(rows_ptr + tl.minimum(index, P - 1))
+    acc = tl.zeros([ROWS, COLUMNS], tl.float64)
+    poison = tl.zeros([COLUMNS], tl.float64)
+    for begin in range(0, P, COLUMNS):
+        other = begin + tl.arange(0, COLUMNS)
+        row = tl.load(rows_ptr + other, mask=other < P, other=float("inf"))
+        weight = tl.load(weights_ptr + other, mask=other < P, other=0.0)
+        poison += weight * 0.0
+        acc += place(x[:, None] - row[None, :], other[None, :] == index[:, None], HARD) * weight[None, :]
+    bad = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.sum(poison, axis=0)  # rows ascend, NaN last
+    tl.store(out_ptr + index, tl.sum(acc, axis=1) + bad, mask=index < P)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -282,7 +309,7 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
 
 
 def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
-    """Products of the rows' own matrix with 1 and v, hard with v; contract in :mod:`alrp_triton.operators`."""
+    """Products of the rows' own matrix with 1 and v, and v ranked; contract in :mod:`alrp_triton.operators`."""
     p = rows.numel()
     out = rows.new_empty(3, p)
     with torch.cuda.device_of(rows):
@@ -292,6 +319,12 @@ def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
     return out
 
 
-def below_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums of the weights of the rows that are not above each; contract in :mod:`alrp_triton.operators`."""
-    return rmatvec(rows, weights, rows, None, 0.0)
+def below_rows(rows: Tensor, weights: Tensor, delta: float) -> Tensor:
+    """The transpose of the last of :func:`among_rows`; contract in :mod:`alrp_triton.operators`."""
+    p = rows.numel()
+    out = torch.empty_like(rows)
+    with torch.cuda.device_of(rows):
+        below_rows_kernel[(triton.cdiv(p, AMONG_TILE["ROWS"]),)](
+            rows, weights, out, p, HARD=delta == 0, num_warps=WARPS, **AMONG_TILE
+        )
+    return out

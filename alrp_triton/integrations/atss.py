@@ -25,7 +25,8 @@ def atss_match(
         boxes: ground truth, corners, ``(M, 4)``; M may be 0.
         anchors: corners, ``(A, 4)``, level after level.
         anchors_per_level: how many anchors each level has; A in total.
-        candidates: how many on each level; published: 9 times the number of anchors at a location.
+        candidates: how many on each level; published: 9, with one anchor at a location. With more, the repositories of
+            aLRP and Rank & Sort Loss still take 9, the authors of ATSS 9 for each.
 
     Returns:
         int64 ``(A,)``: the index of the ground truth of each anchor, -1 for background. No anchor is ignored.

@@ -70,7 +70,7 @@ class HeadLoss(nn.Module):
     loss         box loss                                its weight, with ``box_weight=None``
     ============ ======================================= =================================================
     alrp         GIoU, ranked: aLRP's localisation part  :class:`alrp_triton.SelfBalance`, by ``period``
-    ap           smooth L1, mean over the positives      1
+    ap           smooth L1, mean over all P x 4 deltas   1
     rank_sort    GIoU, mean weighted by the scores       :func:`alrp_triton.balance_by_value`, by step
     ============ ======================================= =================================================
 
@@ -248,13 +248,13 @@ def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | N
 
 
 def _box_errors(boxes: Boxes, box_loss: BoxLoss) -> Tensor:
-    """The box loss of each positive, ``(P,)``."""
+    """The box loss of each positive, ``(P,)``; smooth L1 is the mean over its four deltas, as published."""
     if box_loss == "giou":
         return generalized_box_iou_loss(boxes.predicted * _UNIT, boxes.target.detach() * _UNIT)
     assert boxes.deltas is not None
     assert boxes.target_deltas is not None
     off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=_SMOOTH_L1_BETA, reduction="none")
-    return off.sum(-1)
+    return off.mean(-1)
 
 
 def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

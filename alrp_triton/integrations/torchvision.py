@@ -17,9 +17,10 @@ from typing import Literal, get_args
 from torch import nn
 
 from ..boxes import TAU
-from ..checks import check_number
+from ..checks import check_integer, check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
+from .atss import CANDIDATES
 from .head_loss import BoxLoss, DetectorLoss, HeadLoss, Loss
 from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetHead, RoIHeads
 
@@ -41,6 +42,7 @@ def use_ranking_loss(
     *,
     period: int | None = None,
     assignment: Assignment = "iou",
+    candidates: int | None = None,
     box_loss: BoxLoss | None = None,
     box_weight: float | None = None,
     delta: float | None = None,
@@ -59,7 +61,8 @@ def use_ranking_loss(
       frozen) nor looked at.
     - Faster R-CNN (Mask R-CNN, Keypoint R-CNN): in the RPN with tau = 0.7, and in the box head with tau = 0.5, where
       scores become independent for each class, by a sigmoid instead of the softmax; the column of the background is
-      left alone. All proposals are used, ground truth is not added to them. Masks and keypoints stay as they are.
+      left alone. All proposals are used; with ``"rank_sort"`` ground truth is among them, as torchvision adds it and
+      as published, with the others it is not, as aLRP Loss has it. Masks and keypoints stay as they are.
 
     Put it in when the model has its heads, and before ``DistributedDataParallel`` and ``torch.compile`` are put around
     it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it; FCOS and the box head
@@ -71,6 +74,8 @@ def use_ranking_loss(
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
         period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``.
         assignment: of RetinaNet's anchors: ``"iou"``, the model's own matcher, or ``"atss"``.
+        candidates: of ``"atss"``, on each level, see :func:`alrp_triton.integrations.atss.atss_match`; None: 9, as in
+            the configurations of aLRP and Rank & Sort Loss, whatever the number of anchors at a location.
         box_loss: see :class:`HeadLoss`.
         box_weight: see :class:`HeadLoss`; of both heads of a Faster R-CNN.
         delta: see :class:`HeadLoss`.
@@ -93,6 +98,9 @@ def use_ranking_loss(
         raise ValueError(f"assignment must be 'iou' or 'atss', got {assignment!r}")
     if assignment == "atss" and not isinstance(model, RetinaNet):
         raise ValueError(f"assignment 'atss' is for RetinaNet; {type(model).__name__} has one of its own")
+    if candidates is not None and assignment != "atss":
+        raise ValueError(f"candidates are those of assignment 'atss'; got candidates={candidates} with {assignment!r}")
+    candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
 
     def head_loss(tau: float) -> HeadLoss:
@@ -112,7 +120,7 @@ def use_ranking_loss(
     if isinstance(model, FCOS):
         heads = [FCOSHead("head", model.head, head_loss(TAU))]
     elif isinstance(model, RetinaNet):
-        heads = [RetinaNetHead("head", model.head, head_loss(TAU), assignment == "atss")]
+        heads = [RetinaNetHead("head", model.head, head_loss(TAU), candidates if assignment == "atss" else 0)]
     elif isinstance(model, GeneralizedRCNN):
         rpn = RegionProposalNetwork("rpn", model.rpn, head_loss(TAU_RPN), rpn_weight)
         heads = [rpn, RoIHeads("roi_heads", model.roi_heads, head_loss(TAU))]

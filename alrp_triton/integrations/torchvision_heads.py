@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matche
 from ..checks import check_values
 from ..distributed import ProcessGroup, tells_the_others
 from ..targets import IGNORE_INDEX
-from .atss import CANDIDATES, atss_match
+from .atss import atss_match
 from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
 
 Target = dict[str, Tensor]
@@ -82,9 +82,9 @@ class RetinaNetHead(DenseHead):
 
     methods = ("compute_loss", "forward")
 
-    def __init__(self, name: str, part: Any, loss: HeadLoss, atss: bool) -> None:
+    def __init__(self, name: str, part: Any, loss: HeadLoss, candidates: int) -> None:
         super().__init__(name, part, loss)
-        self.atss = atss
+        self.candidates = candidates  # of ATSS on a level; 0: the model's own matches
         self.locations: list[int] = []
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
@@ -94,11 +94,11 @@ class RetinaNetHead(DenseHead):
     def compute_loss(
         self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
     ) -> dict[str, Tensor]:
-        if self.atss:
+        if self.candidates:
             at_location = len(anchors[0]) // sum(self.locations)
             levels = [count * at_location for count in self.locations]
             matched_idxs = [
-                atss_match(target["boxes"], of_image, levels, CANDIDATES * at_location)
+                atss_match(target["boxes"], of_image, levels, self.candidates)
                 for target, of_image in zip(targets, anchors, strict=True)
             ]
         return self.losses(targets, head_outputs, anchors, matched_idxs)
@@ -215,7 +215,8 @@ class RoIHeads(Head):
         return out.classification, out.box
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
-        return list(proposals)
+        # As published: the configurations of Rank & Sort Loss keep the ground truth among the proposals, aLRP's do not.
+        return self.original("add_gt_proposals", proposals, gt_boxes) if self.loss.loss == "rank_sort" else proposals
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
         return [torch.where(label >= 0)[0] for label in labels]  # all but the ignored
