@@ -31,7 +31,7 @@ coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the p
 	$(RUN) -m pytest --cov --cov-report=term $(WORKERS) $(PYTEST)
 
 # Triton's interpreter is slow, and does all of it with one torch only; with others the cases that have caught most.
-SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo
+SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo and not many_runs
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
 OF_VERSIONS := compile api balance bench_gpu_parts binned boxes errors family groups integration_torchvision loss metrics \

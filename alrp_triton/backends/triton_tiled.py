@@ -28,8 +28,9 @@ from torch import Tensor
 from .knots import working_dtype
 
 # Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
-# 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only the P x P products
-# and float64 logits use). On AMD the rows of a tile live in scalar registers; half the columns leave enough of them.
+# 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only float64 logits use;
+# the rows among themselves have tiles of their own). On AMD the rows of a tile live in scalar registers; half the
+# columns leave enough of them.
 FORWARD_TILE = {torch.float32: {"ROWS": 32, "COLUMNS": 256}, torch.float64: {"ROWS": 16, "COLUMNS": 128}}
 FORWARD_TILE_AMD = FORWARD_TILE | {torch.float32: {"ROWS": 32, "COLUMNS": 128}}
 TRANSPOSE_TILE = {

@@ -163,7 +163,7 @@ def imbalance(gradient: Any) -> float:
 
 
 def below_normal(gradient: Any, dtype: torch.dtype) -> float:
-    """What a dtype may lose of a sum of gradients where it has no digits: half of its smallest number an entry.
+    """What a dtype may lose of a sum of wanted gradients where it has no digits: half of its smallest number an entry.
 
     Gradients of many negatives in float16 are below its normal numbers. Other dtypes reach far below any gradient.
     """
@@ -197,6 +197,6 @@ def compare(actual: Values, wanted: Values, dtype: torch.dtype, least: float = 0
             tolerance = max(tolerance, 1e-13 / max(largest, 1e-30))
         found.append(Comparison(name, off, tolerance))
         if name.startswith("grad") and "box" not in name and np.isfinite(value).all():
-            lost = below_normal(actual[name], dtype)
+            lost = below_normal(value, dtype)
             found.append(Comparison(f"balance of {name}", imbalance(actual[name]), tolerance + lost))
     return max(found, key=lambda one: one.difference / one.tolerance if one.tolerance else one.difference * 1e30)

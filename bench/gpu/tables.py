@@ -177,9 +177,9 @@ def _cases(report: Record) -> str:
     text = table(["detector", "N", "P", *_heads(compared), "modelled ms"], lines)
     note = (
         "Forward + backward, float32, class indices, scores as in mid-training. Device: between two events, with a "
-        "backlog, the L2 cache emptied before; contenders that wait for the device (loop, dense, bucketed) have the "
-        "host's time in it. Host: to enqueue a step. GB/s: of the 12 N bytes that have to be moved. Modelled: both "
-        "products of size N alone, from the machine code (`make compiled`)."
+        "backlog, the L2 cache emptied before; contenders that wait for the device (torch, loop, dense, bucketed) "
+        "have the host's time in it. Host: to enqueue a step. GB/s: of the 12 N bytes that have to be moved. Modelled: "
+        "both products of size N alone, from the machine code (`make compiled`)."
     )
     return "\n\n".join(part for part in (head(report), warning(report), text, note) if part)
 

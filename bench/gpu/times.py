@@ -256,6 +256,9 @@ class Session:
                 step: Step = clock.capture(entry.step)
                 step()
                 entry.graph = clock.timer(step)
+            except torch.cuda.OutOfMemoryError:
+                entry.no_graph = "out of memory"
+                torch.cuda.empty_cache()
             except RuntimeError as error:
                 entry.no_graph = self.no_graphs = explain(error)
 
