@@ -1,11 +1,23 @@
 """Self-balancing of the classification and the box part of a loss."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_integer, check_number, check_tensor
+
+InitialWeight = float | Literal["auto"]
+INITIAL_WEIGHT = 50.0  # published
+_AUTOMATIC = -(2**40)  # from here on steps are counted in the first period of an automatic weight
+
+
+def check_initial_weight(value: object) -> float:
+    """The weight as a float; raise TypeError or ValueError unless it is a number from 0 on that float32 can hold."""
+    if isinstance(value, str):
+        raise ValueError(f"initial_weight must be a number or 'auto', got {value!r}")
+    return check_number("initial_weight", value, 0.0, torch.finfo(torch.float32).max)
 
 
 def _check_losses(**losses: Tensor) -> None:
@@ -57,7 +69,10 @@ class SelfBalance(nn.Module):
     Args:
         period: number of steps with positives between two updates, at least 1; published: an epoch (3665 steps of 32
             images of COCO).
-        initial_weight: weight until the end of the first period; published: 50.
+        initial_weight: weight until the end of the first period; published: 50, for a training from the beginning, in
+            which boxes are bad and positives rank low. Of a detector that is good already, as in fine-tuning, the
+            localisation is near to balance, and 50 far from it: ``"auto"`` is in each step of the first period the
+            weight that the steps so far give (1 before the first).
 
     Attributes:
         weight: the weight in force, float32 0-d buffer.
@@ -74,12 +89,13 @@ class SelfBalance(nn.Module):
     classification_sum: Tensor
     localisation_sum: Tensor
 
-    def __init__(self, period: int, *, initial_weight: float = 50.0) -> None:
+    def __init__(self, period: int, *, initial_weight: InitialWeight = INITIAL_WEIGHT) -> None:
         super().__init__()
         self.period = check_integer("period", period, 1, 2**31)
-        initial_weight = check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max)
-        self.register_buffer("weight", torch.tensor(initial_weight, dtype=torch.float32))
-        self.register_buffer("steps", torch.tensor(0))
+        automatic = initial_weight == "auto"
+        weight = 1.0 if automatic else check_initial_weight(initial_weight)
+        self.register_buffer("weight", torch.tensor(weight, dtype=torch.float32))
+        self.register_buffer("steps", torch.tensor(_AUTOMATIC if automatic else 0))
         self.register_buffer("classification_sum", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("localisation_sum", torch.tensor(0.0, dtype=torch.float32))
 
@@ -97,9 +113,10 @@ class SelfBalance(nn.Module):
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)
         self.steps += (classification != 0) | (localisation != 0)  # NaN is not 0
-        ended = self.steps >= self.period  # beyond it after a resume with a shorter period
+        automatic = self.steps < 0
+        ended = self.steps - automatic * _AUTOMATIC >= self.period  # beyond it after a resume with a shorter period
         balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum  # NaN or inf for 0
-        self.weight.copy_(torch.where(ended & balanced.isfinite(), balanced, self.weight))
+        self.weight.copy_(torch.where((automatic | ended) & balanced.isfinite(), balanced, self.weight))
         for total in (self.steps, self.classification_sum, self.localisation_sum):
             total.masked_fill_(ended, 0)
 

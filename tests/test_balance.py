@@ -41,6 +41,25 @@ def test_steps_without_positives_are_not_counted() -> None:
     assert_near(balance.weight, 2.0, 1e-6)
 
 
+def test_an_automatic_weight_is_balanced_from_the_first_step_on() -> None:
+    """Each step of the first period by the means so far; then as ever. The state resumes anywhere in between."""
+    losses = [(0.0, 0.0), (0.2, 0.4), (0.3, 0.1), (0.0, 0.0), (0.1, 0.3), (0.4, 0.4), (0.5, 0.1), (0.9, 0.2)]
+    first, second = 1.4 / 0.8, (0.4 + 0.5 + 0.9 + 0.7) / 0.7
+    wanted = [1, 0.6 / 0.4, 1.0 / 0.5, 1.0 / 0.5, first, first, first, second]
+    for stop in range(len(losses)):
+        balance = SelfBalance(period=3, initial_weight="auto")
+        for count, ((classification, localisation), weight) in enumerate(zip(losses, wanted, strict=True)):
+            if count == stop:
+                resumed = SelfBalance(period=3)
+                resumed.load_state_dict(balance.state_dict())
+                balance = resumed
+            assert_near(step(balance, classification, localisation), weight * localisation, 1e-6)
+            assert_near(balance.weight, weight, 1e-6)
+    assert SelfBalance(3, initial_weight="auto").state_dict().keys() == SelfBalance(3).state_dict().keys()
+    with pytest.raises(ValueError, match="initial_weight must be a number or 'auto', got 'first'"):
+        SelfBalance(3, initial_weight="first")  # pyright: ignore
+
+
 def test_gradient_reaches_only_the_localisation() -> None:
     balance = SelfBalance(period=1)
     classification, localisation = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.25))

@@ -257,6 +257,21 @@ def test_region_proposals(loss: Loss) -> None:
     assert_losses((losses["loss_objectness"], losses["loss_rpn_box_reg"]), expected, parts["rpn"], 0.2)
 
 
+@pytest.mark.parametrize(("weight", "first"), [(7.0, 7.0), ("auto", None)])
+def test_the_first_weight(weight: Any, first: float | None) -> None:
+    """Of all heads; an automatic one is that of the losses themselves, in the first step."""
+    model, parts = make("faster_rcnn", initial_weight=weight)
+    spread(model)
+    losses = model(*batch())
+    for head, keys in (
+        ("rpn", ("loss_objectness", "loss_rpn_box_reg")),
+        ("roi_heads", ("loss_classifier", "loss_box_reg")),
+    ):
+        classification, box = (losses[key].item() for key in keys)
+        used = float(parts[head].box_weight)
+        assert used == pytest.approx((classification + box / used) / (box / used) if first is None else first, rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_box_head(loss: Loss) -> None:
     """The box head: tau 0.5, all proposals, ground truth among them for Rank & Sort Loss alone, no background."""
@@ -265,9 +280,15 @@ def test_box_head(loss: Loss) -> None:
     data = batch()
     predicted: list[tuple[Tensor, Tensor]] = []
     keep_output(model.roi_heads.box_predictor, predicted)
-    with mock.patch.object(model.roi_heads, "add_gt_proposals", wraps=model.roi_heads.add_gt_proposals) as spy:
+    add_gt_proposals, given = model.roi_heads.add_gt_proposals, list[tuple[list[Tensor], list[Tensor]]]()
+
+    def spy(proposals: list[Tensor], truths: list[Tensor]) -> list[Tensor]:
+        given.append((list(proposals), list(truths)))  # torchvision writes what it has sampled into the list
+        return add_gt_proposals(proposals, truths)
+
+    with mock.patch.object(model.roi_heads, "add_gt_proposals", spy):
         losses = model(*data)
-    proposals, truths = spy.call_args.args
+    ((proposals, truths),) = given
     if loss == "rank_sort":
         proposals = [torch.cat(pair) for pair in zip(proposals, truths, strict=True)]
     logits, deltas = predicted[0]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from ..balance import SelfBalance, balance_by_value
+from ..balance import INITIAL_WEIGHT, InitialWeight, SelfBalance, balance_by_value
 from ..boxes import TAU, giou_localisation_error
 from ..checks import check_integer, check_number, check_tensor
 from ..dispatch import Backend
@@ -81,6 +81,7 @@ class HeadLoss(nn.Module):
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
         period: of ``SelfBalance``, an epoch in your steps. Needed for ``"alrp"`` unless ``box_weight`` is given, else
             not looked at.
+        initial_weight: of ``SelfBalance``, until its first period ends: 50 as published, or ``"auto"``, to fine-tune.
         tau: of the localisation error of ``"alrp"``: 0.5 for detection heads, 0.7 for an RPN.
         box_loss: ``"giou"`` or ``"smooth_l1"``; None: that of the paper. aLRP Loss needs one that is an overlap.
         box_weight: a constant weight of the box loss instead of the balance of the paper.
@@ -108,6 +109,7 @@ class HeadLoss(nn.Module):
         loss: Loss = "alrp",
         *,
         period: int | None = None,
+        initial_weight: InitialWeight = INITIAL_WEIGHT,
         tau: float = TAU,
         box_loss: BoxLoss | None = None,
         box_weight: float | None = None,
@@ -144,7 +146,7 @@ class HeadLoss(nn.Module):
         self.balance: SelfBalance | None = None
         if loss == "alrp" and self.constant_weight is None:
             assert period is not None
-            self.balance = SelfBalance(period)
+            self.balance = SelfBalance(period, initial_weight=initial_weight)
         self.box_weight = torch.tensor(math.nan)
 
     def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from ..balance import INITIAL_WEIGHT, InitialWeight
 from ..boxes import TAU
 from ..checks import check_integer, check_number
 from ..dispatch import Backend
@@ -41,6 +42,7 @@ def use_ranking_loss(
     loss: Loss = "alrp",
     *,
     period: int | None = None,
+    initial_weight: InitialWeight = INITIAL_WEIGHT,
     assignment: Assignment = "iou",
     candidates: int | None = None,
     box_loss: BoxLoss | None = None,
@@ -73,6 +75,7 @@ def use_ranking_loss(
         model: ``RetinaNet``, ``FCOS``, ``FasterRCNN`` or another ``GeneralizedRCNN`` with torchvision's parts.
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
         period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``.
+        initial_weight: see :class:`HeadLoss`; ``"auto"`` to fine-tune a detector.
         assignment: of RetinaNet's anchors: ``"iou"``, the model's own matcher, or ``"atss"``.
         candidates: of ``"atss"``, on each level, see :func:`alrp_triton.integrations.atss.atss_match`; None: 9, as in
             the configurations of aLRP and Rank & Sort Loss, whatever the number of anchors at a location.
@@ -107,6 +110,7 @@ def use_ranking_loss(
         return HeadLoss(
             loss,
             period=period,
+            initial_weight=initial_weight,
             tau=tau,
             box_loss=box_loss,
             box_weight=box_weight,

@@ -216,7 +216,9 @@ class RoIHeads(Head):
 
     def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
         # As published: the configurations of Rank & Sort Loss keep the ground truth among the proposals, aLRP's do not.
-        return self.original("add_gt_proposals", proposals, gt_boxes) if self.loss.loss == "rank_sort" else proposals
+        return (
+            self.original("add_gt_proposals", proposals, gt_boxes) if self.loss.loss == "rank_sort" else list(proposals)
+        )
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
         return [torch.where(label >= 0)[0] for label in labels]  # all but the ignored

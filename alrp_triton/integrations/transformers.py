@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..balance import INITIAL_WEIGHT, InitialWeight
 from ..boxes import TAU
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
@@ -52,6 +53,7 @@ def use_ranking_loss(
     loss: Loss = "alrp",
     *,
     period: int | None = None,
+    initial_weight: InitialWeight = INITIAL_WEIGHT,
     tau: float = TAU,
     box_weight: float | None = None,
     delta: float | None = None,
@@ -75,6 +77,7 @@ def use_ranking_loss(
             (untested, its loss is that of LW-DETR); ``...ForObjectDetection``.
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
         period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``.
+        initial_weight: see :class:`HeadLoss`; ``"auto"`` to fine-tune a detector.
         tau: see :class:`HeadLoss`.
         box_weight: of aLRP's localisation part, a constant instead of self-balancing; for ``"alrp"`` alone.
         delta: see :class:`HeadLoss`.
@@ -118,6 +121,7 @@ def use_ranking_loss(
         HeadLoss(
             loss,
             period=period,
+            initial_weight=initial_weight,
             tau=tau,
             box_loss="giou",
             box_weight=box_weight,
