@@ -13,13 +13,6 @@ INITIAL_WEIGHT = 50.0  # published
 _AUTOMATIC = -(2**40)  # from here on steps are counted in the first period of an automatic weight
 
 
-def check_initial_weight(value: object) -> float:
-    """The weight as a float; raise TypeError or ValueError unless it is a number from 0 on that float32 can hold."""
-    if isinstance(value, str):
-        raise ValueError(f"initial_weight must be a number or 'auto', got {value!r}")
-    return check_number("initial_weight", value, 0.0, torch.finfo(torch.float32).max)
-
-
 def _check_losses(**losses: Tensor) -> None:
     for name, loss in losses.items():
         check_tensor(name, loss, "floating")
@@ -93,7 +86,10 @@ class SelfBalance(nn.Module):
         super().__init__()
         self.period = check_integer("period", period, 1, 2**31)
         automatic = initial_weight == "auto"
-        weight = 1.0 if automatic else check_initial_weight(initial_weight)
+        if isinstance(initial_weight, str) and not automatic:
+            raise ValueError(f"initial_weight must be a number or 'auto', got {initial_weight!r}")
+        most = torch.finfo(torch.float32).max
+        weight = 1.0 if automatic else check_number("initial_weight", initial_weight, 0.0, most)
         self.register_buffer("weight", torch.tensor(weight, dtype=torch.float32))
         self.register_buffer("steps", torch.tensor(_AUTOMATIC if automatic else 0))
         self.register_buffer("classification_sum", torch.tensor(0.0, dtype=torch.float32))

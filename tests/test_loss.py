@@ -73,7 +73,7 @@ def test_dtypes(name: str, dtype: torch.dtype, backend: Backend, device: str) ->
     assert_near(grad_errors, expected.grad_box_errors, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["random", "ties", "hard_ties", "wide_scores"])
+@pytest.mark.parametrize("name", ["random", "ties", "hard_ties", "wide_scores", "more_than_a_block"])
 def test_invariants(name: str, backend: Backend, device: str) -> None:
     case = FINITE[name]
     out, grad, grad_errors = run(case, backend, device)

@@ -58,7 +58,7 @@ def test_what_random_cases_run_on() -> None:
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment_for(DEVICE).items() <= os.environ.items()
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    assert environment_for("cpu")["TRITON_INTERPRET"] == "1"
+    assert environment_for("cpu") == {"TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     assert environment_for("cuda") == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the other one that is deterministic
     assert environment_for("cuda") == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
