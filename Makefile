@@ -5,6 +5,9 @@ RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
 demo test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
+# Python keeps what it compiled of the modules that it imports, whatever the caller's environment says of it: to compile
+# torch again in each process that a test starts takes ten seconds. So pip need not compile all that nobody imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip install --no-compile --quiet --disable-pip-version-check
 
 # Tests run on two cores or more, those of a file in one process, in the order of the files: the long ones come early.

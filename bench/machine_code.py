@@ -1,11 +1,14 @@
 """What the compiler made of the kernels: registers, spills, and instructions by class, from the machine code.
 
-``python -m bench.machine_code`` prints all that is read as JSON; ``python -m bench compiled`` makes tables of it.
+``python -m bench.machine_code`` prints all that is read as JSON; ``python -m bench compiled`` makes tables of it. With
+a target and a dtype after it (``sm_90 fp32``) instructions are read for these alone: NVIDIA's disassembler needs half a
+second for each kernel, which is most of the time.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -166,12 +169,12 @@ def _by_unit(kernel: Kernel, blocks: list[Block], threads: int) -> dict[str, flo
     return {name: n * threads / kernel.units for name, n in total.items()}
 
 
-def read(name: str, target: str, columns: str) -> dict[str, Any]:
-    """What one compiled kernel is like."""
+def read(name: str, target: str, columns: str, *, instructions: bool = True) -> dict[str, Any]:
+    """What one compiled kernel is like, with or without its instructions."""
     kernel, compiled = kernels(target, columns)[name], compile_kernel(name, target, columns)
     record: dict[str, Any] = {"kernel": name, "target": target, "columns": columns, **resources(compiled)}
     record["addresses"] = addresses(compiled)
-    if kernel.unit:
+    if kernel.unit and instructions:
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
         record |= {"unit": kernel.unit, "by_unit": _by_unit(kernel, blocks, threads)}
         if kernel.unit == "pair":
@@ -184,12 +187,22 @@ def read(name: str, target: str, columns: str) -> dict[str, Any]:
     return record
 
 
-def matrix(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = COLUMN_DTYPES) -> list[dict[str, Any]]:
-    """A record for each kernel, target, and dtype of the columns."""
+def matrix(
+    targets: tuple[str, ...] = tuple(TARGETS),
+    dtypes: tuple[str, ...] = COLUMN_DTYPES,
+    disassembled: tuple[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """A record for each kernel, target, and dtype of the columns.
+
+    ``disassembled``: the one target and dtype whose instructions are read; None: those of all.
+    """
     return [
-        read(name, target, columns) for columns in dtypes for target in targets for name in kernels(target, columns)
+        read(name, target, columns, instructions=disassembled in (None, (target, columns)))
+        for columns in dtypes
+        for target in targets
+        for name in kernels(target, columns)
     ]
 
 
 if __name__ == "__main__":
-    print(json.dumps(matrix()))
+    print(json.dumps(matrix(disassembled=(sys.argv[1], sys.argv[2]) if sys.argv[1:] else None)))

@@ -4,6 +4,7 @@ On a busy machine everything takes as much longer as there are others, so that n
 waits for a core is not idle, though, and what waits for something that never comes is.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,9 @@ CPU = 3600.0
 _SHARE = 0.01  # of a core, which is no work: what waits may look around now and then
 _LOOK = 0.5  # seconds between two looks at /proc
 _SHOWN = 4000  # characters of what a process that hung has said
+
+
+Processes = list[subprocess.CompletedProcess[str]]
 
 
 class HungError(AssertionError):
@@ -140,7 +144,7 @@ def _start(
 
 def run_together(
     *commands: list[str], environment: Mapping[str, str] | None = None, idle: float = IDLE, cpu: float = CPU
-) -> list[subprocess.CompletedProcess[str]]:
+) -> Processes:
     """Python with these arguments, all at once, from the repository's root.
 
     What they start and leave behind is ended. Where there is no Linux ``/proc``, they are waited for without limit.
@@ -183,6 +187,24 @@ def run_together(
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *of_one)
         for process, of_one in zip(processes, said, strict=True)
+    ]
+
+
+LONG = 1800.0
+"""Seconds that gloo gives a group if nobody says otherwise. What hangs is told from what is slow without it."""
+
+
+def run_ranks(jobs: list[str], world: int, store: Path, timeout: float = LONG) -> Processes:
+    """Run jobs of tests/ranks.py on so many processes, and wait for them."""
+    # torch 2.13 warns of deprecation where it compiles any autograd function.
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]
+    command = [*warnings, "-m", "tests.ranks", str(world), str(store), str(timeout), *jobs]
+    (done,) = run_together(command)
+    assert done.returncode == 0, done.stderr
+    said = [[Path(f"{store}.{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world)]
+    return [
+        subprocess.CompletedProcess(command, status, *of_one)
+        for status, of_one in zip(json.loads(done.stdout), said, strict=True)
     ]
 
 

@@ -1,9 +1,11 @@
-"""What the processes of a gloo group do in tests/test_distributed.py.
+"""What the processes of a gloo group do in tests.
 
-``python -m tests.ranks WORLD STORE TIMEOUT JOB... rank=RANK``, once for each process; jobs are functions of this module.
+``python -m tests.ranks WORLD STORE TIMEOUT JOB...``; jobs are functions of this module. A process with torch needs seconds
+to begin: so one imports all of it, and the others are forked from it, before there is a thread.
 """
 
 # pyright: reportPrivateUsage=false
+import json
 import os
 import signal
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -212,7 +215,7 @@ def compiled(rank: int, world: int) -> None:
     """The exchange is part of a graph without breaks, sizes unknown; before torch 2.10 it breaks the graph."""
     in_one_graph = torch.__version__ >= "2.10"
     eager = partial(alrp_loss, process_group="world")
-    compiled = torch.compile(eager, fullgraph=in_one_graph, dynamic=True)
+    compiled = torch.compile(eager, fullgraph=in_one_graph, dynamic=True, backend="aot_eager")
     for seed in range(2):
         logits, targets, values, _ = draw(seed, [40, 25], ["", "no positives" if seed else ""])[rank]
         x, e = logits.requires_grad_(), values.requires_grad_()
@@ -321,18 +324,60 @@ def calls_another_collective(rank: int, world: int) -> None:
     expect(RuntimeError, call if rank else lambda: dist.all_reduce(torch.zeros(1000)))
 
 
-if __name__ == "__main__":
-    world, store, timeout, *jobs, of_rank = sys.argv[1:]
-    rank = int(of_rank.removeprefix("rank="))
+def metric(rank: int, world: int) -> None:
+    """Each process has some of the images; the second time the last has none."""
+    from tests.detections import assert_metric, images_of, make_metric, random_images
+
+    preds, target = random_images(9)
+    metric = make_metric(class_metrics=True)
+    for mine in ([images_of(rank)], [slice(0, 12)] if rank == 0 else []):
+        metric.reset()
+        for part in mine:
+            metric.update(preds[part], target[part])
+        metric._update_count = 1
+        assert_metric(metric.compute(), preds, target)
+        assert len(metric.detection_boxes) == sum(len(preds[part]) for part in mine)
+
+
+IMPORTS = {"train": "torch._dynamo", "heads": "alrp_triton.integrations.head_loss", "metric": "tests.detections"}
+"""What a job would import in each process."""
+
+
+def fork(world: int, store: str) -> int | None:
+    """The rank, in a new process that writes to files of its own; None in this one, when all have ended."""
+    children = list[int]()
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{store}.{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), stream)
+            return rank
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(statuses))
+    return None
+
+
+def run(rank: int, world: int, store: str, timeout: str, jobs: list[str]) -> None:
     torch.set_num_threads(1)
     get_ready()
     Path(f"{store}.{rank}").touch()
-    while not all(Path(f"{store}.{other}").exists() for other in range(int(world))):
+    while not all(Path(f"{store}.{other}").exists() for other in range(world)):
         time.sleep(0.1)  # the timeout may be shorter than what one needs to get ready after the other
-    settings = {"init_method": f"file://{store}", "rank": rank, "world_size": int(world)}
+    settings = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
     with process_group("gloo", timeout=timedelta(seconds=float(timeout)), **settings):
         for job in jobs:
-            globals()[job](rank, int(world))
+            globals()[job](rank, world)
             print("done:", job, flush=True)
         if jobs[0] in BREAK_THE_GROUP:
             os._exit(0)  # what is left of it is not to be waited for
+
+
+if __name__ == "__main__":
+    world, store, timeout, *jobs = sys.argv[1:]
+    for job in jobs:
+        if job in IMPORTS:
+            import_module(IMPORTS[job])
+    rank = fork(int(world), store)
+    if rank is not None:
+        run(rank, int(world), store, timeout, jobs)

@@ -1,7 +1,6 @@
 """One ranking over several processes (gloo, no network): equal to one process, little on the wire, errors and no hangs."""
 
 # pyright: reportPrivateUsage=false
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,28 +9,7 @@ import torch
 import torch.distributed as dist
 
 from alrp_triton import alrp_loss, distributed, operators
-from tests.processes import TORCHRUN, run_together
-
-Processes = list[subprocess.CompletedProcess[str]]
-LONG = 1800.0
-"""Seconds that gloo gives a group if nobody says otherwise. What hangs is told from what is slow without it."""
-
-
-def start(jobs: list[str], world: int, store: Path, timeout: float = LONG) -> Processes:
-    """Run jobs of tests/ranks.py on so many processes, and wait for them."""
-    # torch 2.13 warns of deprecation where it compiles any autograd function.
-    command = [
-        "-W",
-        "error",
-        "-W",
-        "ignore::DeprecationWarning",
-        "-m",
-        "tests.ranks",
-        str(world),
-        str(store),
-        str(timeout),
-    ]
-    return run_together(*([*command, *jobs, f"rank={rank}"] for rank in range(world)))
+from tests.processes import TORCHRUN, Processes, run_ranks, run_together
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -46,7 +24,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         *(["compiled"] if request.param == 2 else []),
         "skips_a_call",
     ]
-    return start(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store")
+    return run_ranks(jobs, request.param, tmp_path_factory.mktemp("gloo") / "store")
 
 
 def assert_done(processes: Processes, job: str) -> None:
@@ -96,7 +74,7 @@ def test_compiles_without_a_graph_break(processes: Processes) -> None:
 @pytest.mark.parametrize("job", ["dies", "calls_nothing", "calls_another_collective"])
 def test_an_error_and_no_hang(job: str, tmp_path: Path) -> None:
     """Within the timeout of the group, which is short; tests/processes.py ends those that hang."""
-    processes = start([job], 3 if job == "dies" else 2, tmp_path / "store", 3)
+    processes = run_ranks([job], 3 if job == "dies" else 2, tmp_path / "store", 3)
     killed = [process for process in processes if process.returncode == -9]
     assert len(killed) == (job == "dies")
     assert_done([process for process in processes if process not in killed], job)

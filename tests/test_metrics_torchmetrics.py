@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.detections import assert_metric, images_of, make_metric, random_images
-from tests.processes import run_together
+from tests.processes import run_ranks
 
 NAN = float("nan")
 
@@ -136,29 +136,10 @@ def test_metric_gathers_with_a_hook(backend: str) -> None:
     assert len(made.detection_boxes) == 4  # its own again
 
 
-GLOO = """
-import sys
-import torch, torch.distributed as dist
-from tests.detections import assert_metric, images_of, make_metric, random_images
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-preds, target = random_images(9)
-metric = make_metric(class_metrics=True)
-for mine in ([images_of(rank)], [slice(0, 12)] if rank == 0 else []):  # the second time one process has nothing
-    metric.reset()
-    for part in mine:
-        metric.update(preds[part], target[part])
-    metric._update_count = 1
-    assert_metric(metric.compute(), preds, target)
-    assert len(metric.detection_boxes) == sum(len(preds[part]) for part in mine)
-dist.destroy_process_group()
-"""
-
-
 def test_metric_gathers_over_gloo(tmp_path: Path) -> None:
     make_metric()
-    for done in run_together(*(["-c", GLOO, str(rank), str(tmp_path / "store")] for rank in range(2))):
-        assert done.returncode == 0, done.stderr
+    for process in run_ranks(["metric"], 2, tmp_path / "store"):
+        assert process.returncode == 0, process.stderr
 
 
 BOXES, SCORES, LABELS = torch.tensor([[0.0, 0, 9, 9]] * 2), torch.tensor([0.5, 0.6]), torch.tensor([0, 1])
