@@ -6,6 +6,7 @@ from .boxes import giou_localisation_error as giou_localisation_error
 from .boxes import localisation_error as localisation_error
 from .comparison import ComparisonMatrix as ComparisonMatrix
 from .functional import ALRPLossOutput as ALRPLossOutput
+from .functional import PositiveRanks as PositiveRanks
 from .functional import RankSortLossOutput as RankSortLossOutput
 from .functional import alrp_loss as alrp_loss
 from .functional import ap_loss as ap_loss
@@ -20,6 +21,7 @@ __all__ = [
     "ALRPLossOutput",
     "APLoss",
     "ComparisonMatrix",
+    "PositiveRanks",
     "RankSortLoss",
     "RankSortLossOutput",
     "SelfBalance",

@@ -13,6 +13,18 @@ INITIAL_WEIGHT = 50.0  # published
 _AUTOMATIC = -(2**40)  # from here on steps are counted in the first period of an automatic weight
 
 
+Period = int | Literal["later"]
+
+
+def check_period(period: object) -> Period:
+    """The period. TypeError or ValueError unless it is an int from 1 on, or ``"later"``."""
+    if period == "later":
+        return "later"
+    if isinstance(period, str):
+        raise ValueError(f"period must be an int or 'later', got {period!r}")
+    return check_integer("period", period, 1, 2**31, such_as="an epoch in your steps, len(loader)")
+
+
 def _check_losses(**losses: Tensor) -> None:
     for name, loss in losses.items():
         check_tensor(name, loss, "floating")
@@ -61,7 +73,7 @@ class SelfBalance(nn.Module):
 
     Args:
         period: number of steps with positives between two updates, at least 1; published: an epoch (3665 steps of 32
-            images of COCO).
+            images of COCO). ``"later"``: not known yet; set ``balance.period`` before the first step.
         initial_weight: weight until the end of the first period; published: 50, for a training from the beginning, in
             which boxes are bad and positives rank low. Of a detector that is good already, as in fine-tuning, the
             localisation is near to balance, and 50 far from it: ``"auto"`` is in each step of the first period the
@@ -69,10 +81,13 @@ class SelfBalance(nn.Module):
 
     Attributes:
         weight: the weight in force, float32 0-d buffer.
+        period: may be set at any time, and is not part of the state; a period that is longer already ends at the next
+            step.
 
     Raises:
         TypeError, ValueError: ``period`` or ``initial_weight`` of the wrong type or out of range; losses that are not
             0-d floating tensors.
+        RuntimeError: a step is recorded, and ``period`` is ``"later"`` still.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 4.2 ("Self-balancing"), and the published implementation.
     """
@@ -82,9 +97,9 @@ class SelfBalance(nn.Module):
     classification_sum: Tensor
     localisation_sum: Tensor
 
-    def __init__(self, period: int, *, initial_weight: InitialWeight = INITIAL_WEIGHT) -> None:
+    def __init__(self, period: Period, *, initial_weight: InitialWeight = INITIAL_WEIGHT) -> None:
         super().__init__()
-        self.period = check_integer("period", period, 1, 2**31)
+        self.period = period
         automatic = initial_weight == "auto"
         if isinstance(initial_weight, str) and not automatic:
             raise ValueError(f"initial_weight must be a number or 'auto', got {initial_weight!r}")
@@ -94,6 +109,14 @@ class SelfBalance(nn.Module):
         self.register_buffer("steps", torch.tensor(_AUTOMATIC if automatic else 0))
         self.register_buffer("classification_sum", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("localisation_sum", torch.tensor(0.0, dtype=torch.float32))
+
+    @property
+    def period(self) -> Period:
+        return self._period
+
+    @period.setter
+    def period(self, period: Period) -> None:
+        self._period: Period = check_period(period)
 
     def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
         """Record both raw losses (0-d); return the weighted localisation loss, differentiable in ``localisation``."""
@@ -105,12 +128,16 @@ class SelfBalance(nn.Module):
 
     @torch.no_grad()
     def _record(self, classification: Tensor, localisation: Tensor) -> None:
+        if self._period == "later":
+            raise RuntimeError(
+                'period is "later": set it before the first step, to an epoch in your steps, len(loader)'
+            )
         finite = classification.isfinite() & localisation.isfinite()
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)
         self.steps += (classification != 0) | (localisation != 0)  # NaN is not 0
         automatic = self.steps < 0
-        ended = self.steps - automatic * _AUTOMATIC >= self.period  # beyond it after a resume with a shorter period
+        ended = self.steps - automatic * _AUTOMATIC >= self._period  # beyond it after a resume with a shorter period
         balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum  # NaN or inf for 0
         self.weight.copy_(torch.where((automatic | ended) & balanced.isfinite(), balanced, self.weight))
         for total in (self.steps, self.classification_sum, self.localisation_sum):
@@ -126,4 +153,4 @@ class SelfBalance(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"period={self.period}"
+        return f"period={self.period!r}"

@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .formulas import MOST_GRADE
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
 TARGET_DTYPES = (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES)
+
+_FROM_ONE = "; labels from 1 to {0}, with 0 for background, are torch.where(labels > 0, labels - 1, {0}) here"
 
 # Between these, delta and 1/(2 delta) are normal float32 numbers.
 _DELTA_MIN, _DELTA_MAX = 2.0**-126, 2.0**125
@@ -27,6 +33,11 @@ def describe(tensor: Tensor) -> str:
 
 def check_tensor(name: str, value: object, kind: Literal["floating", "bool", "target"]) -> None:
     """Raise TypeError unless ``value`` is a dense tensor whose dtype is of the kind asked for."""
+    if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
+        raise TypeError(
+            f"{name} must be one torch.Tensor of all levels and images, which are one ranking, got a "
+            f"{type(value).__name__} of {len(value)}: concatenate them, as by torch.cat(levels, 1) for (B, A, ...) each"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
@@ -62,14 +73,32 @@ def check_number(name: str, value: object, low: float, high: float, *, high_open
     return number
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """The number as an int. TypeError unless it is an integer, ValueError unless it is in [low, high]."""
+def check_integer(name: str, value: object, low: int, high: int, *, such_as: str = "") -> int:
+    """The number as an int. TypeError unless it is an integer, ValueError unless it is in [low, high].
+
+    ``such_as``: what the caller may have wanted to pass, for the error.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int{such_as and f', {such_as}'}, got {type(value).__name__}")
     number = int(value)
     if not low <= number <= high:
         raise ValueError(f"{name} must be at least {low} and at most {high}, got {number}")
     return number
+
+
+def no_reduction(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that says, in words that help, that it lacks an argument that all losses of torch have."""
+
+    @wraps(function)
+    def call(*arguments: _P.args, **settings: _P.kwargs) -> _R:
+        if "reduction" in settings:
+            raise TypeError(
+                f"a ranking has no reduction, got reduction={settings['reduction']!r}: each loss is the mean over its "
+                "positives; multiply it by their number for the sum, and see groups= for images that are ranked apart"
+            )
+        return function(*arguments, **settings)
+
+    return call
 
 
 def check_bool(name: str, value: object) -> None:
@@ -152,9 +181,11 @@ def check_marks(
             for value, n in zip(values.tolist(), counts.tolist(), strict=True)
             if value not in known and not (graded and 0 < value <= MOST_GRADE)
         ]
+        # The classes of a head count from 0, those of COCO's files, and of torchvision's targets, from 1.
+        from_one = num_classes is not None and any(value == num_classes for value, _ in seen)
         return ValueError(
             f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
-            "of these"
+            f"of these{_FROM_ONE.format(num_classes) if from_one else ''}"
         )
 
     def bad_count() -> ValueError:

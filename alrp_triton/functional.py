@@ -8,9 +8,18 @@ from torch import Tensor
 
 from . import autograd, operators
 from .autograd import Formula, Settings
-from .checks import check_bool, check_delta, check_integer, check_number, check_same_device, check_tensor
+from .checks import (
+    check_bool,
+    check_delta,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_tensor,
+    no_reduction,
+)
 from .dispatch import Backend, check_backend_name
 from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size, tells_the_others
+from .hints import hint
 from .targets import IGNORE_INDEX, check_form, check_groups, classify
 
 DELTA = 1.0
@@ -19,26 +28,53 @@ DELTA_RS = 0.5
 EPS_RS = 1e-10
 
 
-class ALRPLossOutput(NamedTuple):
-    """What :func:`alrp_loss` returns. The total loss is ``classification + localisation``, self-balanced or not."""
+class PositiveRanks(NamedTuple):
+    """Where the positives stand. A tuple of its own, so that who adds up the parts of a loss gets an error."""
 
-    classification: Tensor
-    """0-d; 1 - mean precision over the positives, in [0, 1]. Differentiable in ``logits``."""
-    localisation: Tensor
-    """0-d; mean ranked localisation error. Differentiable in ``box_errors``."""
     rank: Tensor
     """``(P,)``; rank of each positive among all logits that count (of its group), at least 1. Not differentiable."""
     order: Tensor
     """``(P,)`` int64; ascending, stable argsort of the positives' logits (by group, and then logit)."""
 
 
+class ALRPLossOutput(NamedTuple):
+    """What :func:`alrp_loss` returns: two losses, and where the positives stand."""
+
+    classification: Tensor
+    """0-d; 1 - mean precision over the positives, in [0, 1]. Differentiable in ``logits``."""
+    localisation: Tensor
+    """0-d; mean ranked localisation error. Differentiable in ``box_errors``."""
+    positives: PositiveRanks
+    """Not a loss: ``out.rank`` and ``out.order``."""
+
+    @property
+    def total(self) -> Tensor:
+        """0-d; ``classification + localisation``, without self-balancing."""
+        return self.classification + self.localisation
+
+    @property
+    def rank(self) -> Tensor:
+        """``(P,)``; see :class:`PositiveRanks`."""
+        return self.positives.rank
+
+    @property
+    def order(self) -> Tensor:
+        """``(P,)`` int64; see :class:`PositiveRanks`."""
+        return self.positives.order
+
+
 class RankSortLossOutput(NamedTuple):
-    """What :func:`rank_sort_loss` returns. The loss of the classification branch is ``ranking + sorting``."""
+    """What :func:`rank_sort_loss` returns: two losses."""
 
     ranking: Tensor
     """0-d; mean ranking error, 1 - precision, in [0, 1]. Differentiable in ``logits``."""
     sorting: Tensor
     """0-d; mean sorting error, in [0, 1]. Differentiable in ``logits``."""
+
+    @property
+    def total(self) -> Tensor:
+        """0-d; ``ranking + sorting``, the loss of the classification branch."""
+        return self.ranking + self.sorting
 
 
 def _settings(
@@ -73,6 +109,7 @@ def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
 
 
 @tells_the_others
+@no_reduction
 def alrp_loss(
     logits: Tensor,
     targets: Tensor,
@@ -114,7 +151,9 @@ def alrp_loss(
             floating; (1 - IoU) / (1 - tau), see :func:`alrp_triton.localisation_error`. May require no gradient.
         delta: half-width of the step, the loss' one hyperparameter; 0 (a hard step) or in [2**-126, 2**125].
         eps: a positive with FP_i <= eps is at its place already and causes no gradient.
-        background: the class index that stands for background; default C.
+        background: the class index that stands for background; default C. Of one in [0, C), that column of the logits
+            is never positive, so where labels count from 1 and the head has no column for background, shift the labels:
+            ``torch.where(labels > 0, labels - 1, C)``.
         ignore_index: the class index that stands for an ignored anchor.
         groups: what is ranked apart, such as images: an integer for each entry along the first dimensions of
             ``logits``, ``logits.shape[:k]``, ``torch.arange(B)`` for logits ``(B, A, C)``. Only logits of equal group
@@ -166,11 +205,16 @@ def alrp_loss(
         "alrp_loss", autograd.alrp, logits, groups, delta, eps, backend, process_group, gradient_reduction
     )
     form = check_form(logits, targets, background, ignore_index)
+    hint(logits)
     negatives, positives = classify(targets, form, box_errors.numel(), "box_errors", backend)
-    return ALRPLossOutput(*autograd.ranking_loss(logits, box_errors, negatives, positives, groups, settings))
+    classification, localisation, rank, order = autograd.ranking_loss(
+        logits, box_errors, negatives, positives, groups, settings
+    )
+    return ALRPLossOutput(classification, localisation, PositiveRanks(rank, order))
 
 
 @tells_the_others
+@no_reduction
 def ap_loss(
     logits: Tensor,
     targets: Tensor,
@@ -236,12 +280,14 @@ def ap_loss(
     formula, loss = partial(autograd.ap, interpolate=interpolate), f"{'interpolated ' * interpolate}ap_loss"
     settings = _settings(loss, formula, logits, groups, delta, 0.0, backend, process_group, gradient_reduction)
     form = check_form(logits, targets, background, ignore_index)
+    hint(logits)
     negatives, positives = classify(targets, form, num_positives, "num_positives", backend)
     nothing = logits.new_zeros(positives.numel())
     return autograd.ranking_loss(logits, nothing, negatives, positives, groups, settings)[0]
 
 
 @tells_the_others
+@no_reduction
 def rank_sort_loss(
     logits: Tensor,
     targets: Tensor,
@@ -322,6 +368,7 @@ def rank_sort_loss(
         "rank_sort_loss", autograd.rank_sort, logits, groups, delta, eps, backend, process_group, gradient_reduction
     )
     form = check_form(logits, targets, background, ignore_index, graded=ious is None)
+    hint(logits)
     known = (num_positives, "num_positives") if ious is None else (ious.numel(), "ious")
     if ious is not None:
         ious = operators.checked_ious(ious.detach())

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_bool, check_delta, check_number
+from .checks import check_bool, check_delta, check_number, no_reduction
 from .dispatch import Backend, check_backend_name
 from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, check_process_group
 from .functional import (
@@ -78,6 +78,7 @@ class ALRPLoss(_RankingLoss):
         loss = out.classification + balance(out.classification, out.localisation)
     """
 
+    @no_reduction
     def __init__(
         self,
         *,
@@ -109,6 +110,7 @@ class APLoss(_RankingLoss):
         loss = criterion(logits, targets) + box_weight * box_loss
     """
 
+    @no_reduction
     def __init__(
         self,
         *,
@@ -143,6 +145,7 @@ class RankSortLoss(_RankingLoss):
         loss = loss + balance_by_value(loss, box_loss)
     """
 
+    @no_reduction
     def __init__(
         self,
         *,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -49,7 +49,7 @@ class LogitsStep(NamedTuple):
 Contender = Callable[[], Step | LogitsStep | None]
 
 
-def take_step(loss: Callable[..., tuple[Tensor, ...]], problem: Problem) -> Step:
+def take_step(loss: Callable[..., tuple[Any, ...]], problem: Problem) -> Step:
     """Forward, then backward of the sum of both parts."""
     classification, localisation = loss(*problem[:3], delta=problem.delta, eps=EPS)[:2]
     gradients = torch.autograd.grad(classification + localisation, (problem.logits, problem.box_errors))

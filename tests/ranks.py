@@ -222,7 +222,7 @@ def compiled(rank: int, world: int) -> None:
         results: list[list[Tensor]] = []
         for function in (eager, compiled):
             out = function(x, targets, e)
-            results.append([*out, *torch.autograd.grad(out.classification + out.localisation, [x, e])])
+            results.append([*out[:2], *out.positives, *torch.autograd.grad(out[0] + out[1], [x, e])])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def three(x: Tensor, t: Tensor, y: Tensor, u: Tensor, used: bool) -> tuple[Tensor, ...]:

@@ -25,8 +25,8 @@ from tests.processes import ROOT, run_together
 
 def test_public_names() -> None:
     assert sorted(alrp_triton.__all__) == [
-        "ALRPLoss", "ALRPLossOutput", "APLoss", "ComparisonMatrix", "RankSortLoss", "RankSortLossOutput", "SelfBalance",
-        "alrp_loss", "ap_loss", "balance_by_value", "giou_localisation_error", "localisation_error", "rank_sort_loss",
+        "ALRPLoss", "ALRPLossOutput", "APLoss", "ComparisonMatrix", "PositiveRanks", "RankSortLoss", "RankSortLossOutput",
+        "SelfBalance", "alrp_loss", "ap_loss", "balance_by_value", "giou_localisation_error", "localisation_error", "rank_sort_loss",
     ]  # fmt: skip
     assert all(hasattr(alrp_triton, name) for name in alrp_triton.__all__)
     assert all(getattr(alrp_triton, name).__doc__ for name in alrp_triton.__all__)

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from ..balance import INITIAL_WEIGHT, InitialWeight, SelfBalance, balance_by_value
+from ..balance import INITIAL_WEIGHT, InitialWeight, Period, SelfBalance, balance_by_value, check_period
 from ..boxes import TAU, giou_localisation_error
-from ..checks import check_integer, check_number, check_tensor
+from ..checks import check_number, check_tensor
 from ..dispatch import Backend
 from ..distributed import (
     GradientReduction,
@@ -35,7 +35,7 @@ BoxLoss = Literal["giou", "smooth_l1"]
 _DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
 _BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
 _SMOOTH_L1_BETA = 1.0  # published, on deltas in units of their standard deviation
-_STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
+STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
 # The IoU loss adds 1e-7 to areas: nothing for pixels, but much for a small object in units of the image.
 _UNIT = 1024.0  # a power of 2, so that pixels give the same bits with it and without
 
@@ -79,8 +79,8 @@ class HeadLoss(nn.Module):
 
     Args:
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
-        period: of ``SelfBalance``, an epoch in your steps. Needed for ``"alrp"`` unless ``box_weight`` is given, else
-            not looked at.
+        period: of ``SelfBalance``, an epoch in your steps; ``"later"``: set it before the first step. Needed for
+            ``"alrp"`` unless ``box_weight`` is given, else of no effect.
         initial_weight: of ``SelfBalance``, until its first period ends: 50 as published, or ``"auto"``, to fine-tune.
         tau: of the localisation error of ``"alrp"``: 0.5 for detection heads, 0.7 for an RPN.
         box_loss: ``"giou"`` or ``"smooth_l1"``; None: that of the paper. aLRP Loss needs one that is an overlap.
@@ -93,6 +93,10 @@ class HeadLoss(nn.Module):
 
     Attributes:
         box_weight: 0-d tensor, the weight of the box loss in the last step (NaN before the first); for logs.
+        box_error: 0-d tensor, the plain mean of the positives' box losses, 1 - GIoU or smooth L1, before ranks and
+            weights, in the last step in which this process had any (NaN before the first). For logs: it is what falls
+            as boxes improve, where aLRP's localisation part depends on the ranks too.
+        period: of ``SelfBalance``, None without one; may be set.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; ``"alrp"`` without ``period`` and
@@ -103,12 +107,13 @@ class HeadLoss(nn.Module):
     """
 
     box_weight: Tensor
+    box_error: Tensor
 
     def __init__(
         self,
         loss: Loss = "alrp",
         *,
-        period: int | None = None,
+        period: Period | None = None,
         initial_weight: InitialWeight = INITIAL_WEIGHT,
         tau: float = TAU,
         box_loss: BoxLoss | None = None,
@@ -126,9 +131,12 @@ class HeadLoss(nn.Module):
         if loss == "alrp" and box_loss == "smooth_l1":
             raise ValueError("box_loss must be 'giou' for loss 'alrp', which ranks overlaps; got 'smooth_l1'")
         if period is not None:
-            period = check_integer("period", period, 1, 2**31)
+            period = check_period(period)
         elif loss == "alrp" and box_weight is None:
-            raise ValueError("period must be given for loss 'alrp': an epoch in your steps, len(loader); got None")
+            raise ValueError(
+                "period must be given for loss 'alrp': an epoch in your steps, len(loader), or 'later' and set before the "
+                "first step; got None"
+            )
         if box_weight is not None:
             box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
         check_gradient_reduction(gradient_reduction)
@@ -148,6 +156,17 @@ class HeadLoss(nn.Module):
             assert period is not None
             self.balance = SelfBalance(period, initial_weight=initial_weight)
         self.box_weight = torch.tensor(math.nan)
+        self.box_error = torch.tensor(math.nan)
+
+    @property
+    def period(self) -> Period | None:
+        return None if self.balance is None else self.balance.period
+
+    @period.setter
+    def period(self, period: Period) -> None:
+        period = check_period(period)
+        if self.balance is not None:
+            self.balance.period = period
 
     def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:
         """The losses of all anchors of a batch: all images, all levels, for they are one ranking.
@@ -166,6 +185,8 @@ class HeadLoss(nn.Module):
         boxes = _checked(boxes, self.box_loss, process_group=self.criterion.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
         errors = _box_errors(boxes, self.box_loss)
+        if errors.numel():
+            self.box_error = errors.detach().mean()
         if isinstance(self.criterion, ALRPLoss):
             ranked = self.criterion(logits, targets, giou_localisation_error(errors, self.tau))
             return self._weighted(ranked.classification, ranked.localisation)
@@ -213,6 +234,11 @@ class HeadLoss(nn.Module):
 class DetectorLoss(nn.ModuleDict):
     """The losses of a detector, :class:`HeadLoss` by the name of the head; their state belongs in a checkpoint."""
 
+    def set_period(self, period: Period) -> None:
+        """Of the self-balancing of all heads, see :class:`HeadLoss`; of no effect where there is none."""
+        for loss in self.values():
+            loss.period = period
+
     def __getitem__(self, key: str) -> HeadLoss:
         return cast("HeadLoss", super().__getitem__(key))
 
@@ -230,7 +256,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def in_deviations(deltas: Tensor, weights: Sequence[float]) -> Tensor:
     """Deltas in units of their standard deviation, from those of a coder that multiplies by ``weights``."""
-    return deltas * (deltas.new_tensor(_STANDARD) / deltas.new_tensor(weights))
+    return deltas * (deltas.new_tensor(STANDARD) / deltas.new_tensor(weights))
 
 
 @tells_the_others

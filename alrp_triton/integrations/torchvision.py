@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ..balance import INITIAL_WEIGHT, InitialWeight
+from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
 from ..checks import check_integer, check_number
 from ..dispatch import Backend
@@ -27,11 +27,13 @@ from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetH
 
 try:
     from torchvision.models.detection import FCOS, RetinaNet
+    from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 except ImportError as missing:
     raise ImportError("this integration needs torchvision, in the version that fits your torch") from missing
 
 Assignment = Literal["iou", "atss"]
+BoxCoding = Literal["model", "published"]
 
 TAU_RPN = 0.7
 RPN_WEIGHT = 0.2
@@ -41,10 +43,11 @@ def use_ranking_loss(
     model: nn.Module,
     loss: Loss = "alrp",
     *,
-    period: int | None = None,
+    period: Period | None = None,
     initial_weight: InitialWeight = INITIAL_WEIGHT,
     assignment: Assignment = "iou",
     candidates: int | None = None,
+    box_coder: BoxCoding = "model",
     box_loss: BoxLoss | None = None,
     box_weight: float | None = None,
     delta: float | None = None,
@@ -74,11 +77,16 @@ def use_ranking_loss(
     Args:
         model: ``RetinaNet``, ``FCOS``, ``FasterRCNN`` or another ``GeneralizedRCNN`` with torchvision's parts.
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
-        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``.
+        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``; ``"later"``: not known yet, call
+            ``set_period`` of what is returned before the first step.
         initial_weight: see :class:`HeadLoss`; ``"auto"`` to fine-tune a detector.
         assignment: of RetinaNet's anchors: ``"iou"``, the model's own matcher, or ``"atss"``.
         candidates: of ``"atss"``, on each level, see :func:`alrp_triton.integrations.atss.atss_match`; None: 9, as in
             the configurations of aLRP and Rank & Sort Loss, whatever the number of anchors at a location.
+        box_coder: which deviations boxes are encoded with, and decoded: ``"model"``, those that it has, or
+            ``"published"``, .1 .1 .2 .2 as in all configurations of the three losses, where torchvision's RetinaNet and
+            RPN have 1. It scales what the head has to predict, so a detector that was trained with others has to be
+            trained again. FCOS has none.
         box_loss: see :class:`HeadLoss`.
         box_weight: see :class:`HeadLoss`; of both heads of a Faster R-CNN.
         delta: see :class:`HeadLoss`.
@@ -92,8 +100,8 @@ def use_ranking_loss(
         ``state_dict()`` with your checkpoint. Called again, the model's losses are replaced by new ones.
 
     Raises:
-        TypeError: the model is none of these. ValueError: ``assignment`` that is unknown or not for this model; and
-        what :class:`HeadLoss` raises. The model is then as before.
+        TypeError: the model is none of these. ValueError: ``assignment`` or ``box_coder`` that is unknown or not for
+        this model; and what :class:`HeadLoss` raises. The model is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5, and the published configurations.
     """
@@ -103,6 +111,10 @@ def use_ranking_loss(
         raise ValueError(f"assignment 'atss' is for RetinaNet; {type(model).__name__} has one of its own")
     if candidates is not None and assignment != "atss":
         raise ValueError(f"candidates are those of assignment 'atss'; got candidates={candidates} with {assignment!r}")
+    if box_coder not in get_args(BoxCoding):
+        raise ValueError(f"box_coder must be 'model' or 'published', got {box_coder!r}")
+    if box_coder == "published" and isinstance(model, FCOS):
+        raise ValueError("box_coder 'published' is for models with deviations of deltas; FCOS predicts distances")
     candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
 
@@ -121,16 +133,21 @@ def use_ranking_loss(
         )
 
     heads: list[Head]
+    coders: list[BoxCoder]
     if isinstance(model, FCOS):
-        heads = [FCOSHead("head", model.head, head_loss(TAU))]
+        heads, coders = [FCOSHead("head", model.head, head_loss(TAU))], []
     elif isinstance(model, RetinaNet):
         heads = [RetinaNetHead("head", model.head, head_loss(TAU), candidates if assignment == "atss" else 0)]
+        coders = [model.head.regression_head.box_coder, model.box_coder]
     elif isinstance(model, GeneralizedRCNN):
         rpn = RegionProposalNetwork("rpn", model.rpn, head_loss(TAU_RPN), rpn_weight)
         heads = [rpn, RoIHeads("roi_heads", model.roi_heads, head_loss(TAU))]
+        coders = [model.rpn.box_coder, model.roi_heads.box_coder]
     else:
         raise TypeError(f"model must be a RetinaNet, FCOS or FasterRCNN of torchvision, got {type(model).__name__}")
     remove_ranking_loss(model)
+    if box_coder == "published":
+        heads[0].coders = coders
     for head in heads:
         head.put_in()
     return DetectorLoss({head.name: head.loss for head in heads})

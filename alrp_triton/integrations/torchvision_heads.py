@@ -11,7 +11,7 @@ from ..checks import check_values
 from ..distributed import ProcessGroup, tells_the_others
 from ..targets import IGNORE_INDEX
 from .atss import atss_match
-from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
+from .head_loss import STANDARD, Boxes, HeadLoss, at_least_float32, in_deviations
 
 Target = dict[str, Tensor]
 
@@ -28,8 +28,14 @@ class Head:
     def __init__(self, name: str, part: Any, loss: HeadLoss) -> None:
         self.name, self.part, self.loss = name, part, loss
         self.former: dict[str, Any] = {}
+        self.coders: list[BoxCoder] = []
+        """Those that have the published deviations meanwhile."""
+        self.weights: list[Any] = []
 
     def put_in(self) -> None:
+        self.weights = [coder.weights for coder in self.coders]
+        for coder in self.coders:
+            coder.weights = STANDARD
         self.former = {method: vars(self.part)[method] for method in self.methods if method in vars(self.part)}
         for method in self.methods:
             setattr(self.part, method, getattr(self, method))
@@ -39,6 +45,8 @@ class Head:
             delattr(self.part, method)
         for method, value in self.former.items():
             setattr(self.part, method, value)
+        for coder, weights in zip(self.coders, self.weights, strict=True):
+            coder.weights = weights
 
     def check_labels(self, targets: list[Target], first: int, last: int) -> None:
         _check_labels(targets, first, last, process_group=self.loss.criterion.process_group)

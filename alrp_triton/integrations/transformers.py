@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..balance import INITIAL_WEIGHT, InitialWeight
+from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
@@ -52,7 +52,7 @@ def use_ranking_loss(
     model: PreTrainedModel,
     loss: Loss = "alrp",
     *,
-    period: int | None = None,
+    period: Period | None = None,
     initial_weight: InitialWeight = INITIAL_WEIGHT,
     tau: float = TAU,
     box_weight: float | None = None,
@@ -76,7 +76,8 @@ def use_ranking_loss(
         model: Deformable DETR, Conditional DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR or RF-DETR
             (untested, its loss is that of LW-DETR); ``...ForObjectDetection``.
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
-        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``.
+        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``; ``"later"``: not known yet, set
+            ``period`` of each of the losses before the first step.
         initial_weight: see :class:`HeadLoss`; ``"auto"`` to fine-tune a detector.
         tau: see :class:`HeadLoss`.
         box_weight: of aLRP's localisation part, a constant instead of self-balancing; for ``"alrp"`` alone.

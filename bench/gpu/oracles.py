@@ -113,9 +113,14 @@ def measured(
     """
     if loss == ALRP:
         out = alrp_loss(logits, targets, values, delta=delta, eps=eps, **settings)
-        total = out.classification + out.localisation
-        grad_logits, grad_errors = torch.autograd.grad(total, (logits, values))
-        return {**out._asdict(), "grad_logits": grad_logits.reshape(-1), "grad_box_errors": grad_errors}
+        grad_logits, grad_errors = torch.autograd.grad(out.total, (logits, values))
+        losses = {"classification": out.classification, "localisation": out.localisation}
+        return {
+            **losses,
+            **out.positives._asdict(),
+            "grad_logits": grad_logits.reshape(-1),
+            "grad_box_errors": grad_errors,
+        }
     if loss == RANK_SORT:
         out = rank_sort_loss(logits, targets, values, delta=delta, **settings)
         of_ranking, of_sorting = (torch.autograd.grad(part, logits, retain_graph=True)[0] for part in out)

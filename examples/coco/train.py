@@ -135,6 +135,7 @@ class Run:
                 settings.loss,  # pyright: ignore[reportArgumentType]
                 period=settings.period or max(len(self.data) // settings.batch, 1),
                 assignment=settings.assignment,  # pyright: ignore[reportArgumentType]
+                box_coder="model" if settings.detector.startswith("fcos") else "published",
                 box_loss=settings.box_loss,  # pyright: ignore[reportArgumentType]
                 box_weight=settings.box_weight,
                 process_group="world" if self.processes > 1 else None,
