@@ -269,7 +269,7 @@ def test_taken_out() -> None:
 
 
 def test_copied_and_pickled() -> None:
-    """After a step, which leaves nothing behind that cannot be copied."""
+    """After a step, of which nothing is left behind that cannot be copied."""
     model, data = made(), discs()
     plain = model(*data)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
