@@ -37,7 +37,7 @@ coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the p
 SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo and not many_runs
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
-OF_VERSIONS := compile api balance bench_gpu_parts binned boxes errors family groups integration_torchvision loss metrics \
+OF_VERSIONS := compile api balance bench_gpu_parts binned boxes errors family groups integration_torchvision loss masks metrics \
   operator readme reference suite targets training
 OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/test_%.py) $(PYTEST)
 

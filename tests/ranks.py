@@ -187,6 +187,26 @@ def heads(rank: int, world: int) -> None:
                     assert_near(mine, joint, 2e-6)
 
 
+def masks(rank: int, world: int) -> None:
+    """The mean of the mask loss goes over the positives of all, of whom a process may have none."""
+    from alrp_triton.integrations.head_loss import HeadLoss
+
+    generator = torch.Generator().manual_seed(0)
+    shards = [torch.randn(2, count, 3, 4, generator=generator) for count in (5, 0, 2, 1)[:world]]  # logits, and targets
+    classification = torch.tensor(0.7)
+    for reduction in get_args(distributed.GradientReduction):
+        scale = world if reduction == "mean" else 1
+        together = HeadLoss("rank_sort", process_group="world", gradient_reduction=reduction)
+        found: list[list[Tensor]] = []
+        for head, shares in ((HeadLoss("rank_sort"), shards), (together, [shards[rank]])):
+            logits, targets = torch.cat(shares, 1)
+            out = head.mask_loss(logits.requires_grad_(), targets.sigmoid(), targets[:, 0, 0].sigmoid(), classification)
+            found.append([out, *torch.autograd.grad(3 * out, logits)])
+        (joint, gradient), (mine, own) = found
+        assert_near(mine, joint, 2e-6)
+        assert_near(own, scale * gradient.split([shard.shape[1] for shard in shards])[rank], 2e-6)
+
+
 def traffic(rank: int, world: int) -> None:
     """The bytes that are handed over do not depend on N; nothing but these two collectives is called."""
     sent: list[int] = []

@@ -71,9 +71,11 @@ def test_layers_import_one_way() -> None:
         "metrics": ["lrp", "coco", "images", "detection", "__init__"],
         "integrations": [
             "__init__",
+            "masks",
             "head_loss",
             "atss",
             "torchvision_heads",
+            "torchvision_masks",
             "torchvision",
             "detectron2",
             "mmdet",

@@ -20,7 +20,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         "traffic",
         "calls_another_loss",
         "gives_up",
-        *(["heads"] if find_spec("torchvision") else []),
+        *(["heads", "masks"] if find_spec("torchvision") else []),
         *(["compiled"] if request.param == 2 else []),
         "skips_a_call",
     ]
@@ -60,6 +60,11 @@ def test_all_hear_of_bad_input_on_one(processes: Processes) -> None:
 @pytest.mark.skipif(not find_spec("torchvision"), reason="the integrations need torchvision")
 def test_the_head_of_a_detector(processes: Processes) -> None:
     assert_done(processes, "heads")
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="the integrations need torchvision")
+def test_masks(processes: Processes) -> None:
+    assert_done(processes, "masks")
 
 
 def test_calls_are_counted(processes: Processes) -> None:

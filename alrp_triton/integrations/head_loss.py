@@ -23,6 +23,7 @@ from ..distributed import (
 from ..functional import DELTA, DELTA_RS
 from ..modules import ALRPLoss, APLoss, RankSortLoss
 from ..targets import IGNORE_INDEX, check_form, classify
+from .masks import dice_error
 
 try:
     from torchvision.ops import generalized_box_iou_loss
@@ -134,8 +135,8 @@ class HeadLoss(nn.Module):
             period = check_period(period)
         elif loss == "alrp" and box_weight is None:
             raise ValueError(
-                "period must be given for loss 'alrp': an epoch in your steps, len(loader), or 'later' and set before the "
-                "first step; got None"
+                "period must be given for loss 'alrp': an epoch in your steps, len(loader), or 'later', and set before "
+                "the first step; got None"
             )
         if box_weight is not None:
             box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
@@ -198,6 +199,36 @@ class HeadLoss(nn.Module):
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
 
+    def mask_loss(self, mask_logits: Tensor, mask_targets: Tensor, scores: Tensor, classification: Tensor) -> Tensor:
+        """The loss of a mask branch beside Rank & Sort Loss: dice, its mean weighted by scores, balanced by value.
+
+        The mean goes over the positives of all processes. Call it on all of them, also where there are no positives.
+
+        Args:
+            mask_logits: ``(P, h, w)``, pre-sigmoid; of each positive the mask of its own class.
+            mask_targets: ``(P, h, w)``, from 0 to 1; see :func:`alrp_triton.integrations.masks.dice_error`.
+            scores: ``(P,)``, floating, the greatest class score of each; no gradient goes to them.
+            classification: 0-d, that of :meth:`forward`; the loss is worth as much.
+
+        Returns:
+            0-d, differentiable in ``mask_logits``; 0 without positives.
+
+        Raises:
+            TypeError, ValueError: another loss than ``"rank_sort"``; masks that :func:`dice_error` refuses; scores that
+                are not floating or not ``(P,)``.
+
+        Reference: Oksuz et al., ICCV 2021, and the published implementation of its Mask R-CNN.
+        """
+        if self.loss != "rank_sort":
+            raise ValueError(f"mask_loss is part of loss 'rank_sort', got {self.loss!r}")
+        errors = dice_error(mask_logits, mask_targets)
+        check_tensor("scores", scores, "floating")
+        if scores.shape != errors.shape:
+            raise ValueError(
+                f"scores must have shape (P,), one for each of {len(errors)} masks, got {tuple(scores.shape)}"
+            )
+        return balance_by_value(classification, self._mean(errors, scores.detach().to(errors.dtype)))
+
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """The weighted mean over the positives of all processes; the gradient is that of this process' own part."""
         total = (values * weights).sum()
@@ -254,6 +285,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def greatest_scores(logits: Tensor) -> Tensor:
+    """The greatest class score of each row of ``(P, C)`` logits, ``(P,)`` float32."""
+    return logits.float().amax(-1).sigmoid()
+
+
 def in_deviations(deltas: Tensor, weights: Sequence[float]) -> Tensor:
     """Deltas in units of their standard deviation, from those of a coder that multiplies by ``weights``."""
     return deltas * (deltas.new_tensor(STANDARD) / deltas.new_tensor(weights))
@@ -301,4 +337,4 @@ def _positive_scores(logits: Tensor, targets: Tensor, count: int, backend: Backe
     if form.num_classes is None:  # dense: a positive is one entry
         return logits.flatten()[positives].float().sigmoid()
     anchors = positives // form.num_classes
-    return logits.reshape(-1, form.num_classes)[anchors].float().amax(-1).sigmoid()
+    return greatest_scores(logits.reshape(-1, form.num_classes)[anchors])

@@ -12,7 +12,7 @@ a ``state_dict`` fits the model with and without the loss. The state of the self
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -24,16 +24,17 @@ from ..distributed import GradientReduction, ProcessGroup
 from .atss import CANDIDATES
 from .head_loss import BoxLoss, DetectorLoss, HeadLoss, Loss
 from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetHead, RoIHeads
+from .torchvision_masks import MaskRoIHeads
 
 try:
     from torchvision.models.detection import FCOS, RetinaNet
-    from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 except ImportError as missing:
     raise ImportError("this integration needs torchvision, in the version that fits your torch") from missing
 
 Assignment = Literal["iou", "atss"]
 BoxCoding = Literal["model", "published"]
+MaskLoss = Literal["dice", "bce"]
 
 TAU_RPN = 0.7
 RPN_WEIGHT = 0.2
@@ -52,6 +53,7 @@ def use_ranking_loss(
     box_weight: float | None = None,
     delta: float | None = None,
     rpn_weight: float = RPN_WEIGHT,
+    mask_loss: MaskLoss | None = None,
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
@@ -67,7 +69,10 @@ def use_ranking_loss(
     - Faster R-CNN (Mask R-CNN, Keypoint R-CNN): in the RPN with tau = 0.7, and in the box head with tau = 0.5, where
       scores become independent for each class, by a sigmoid instead of the softmax; the column of the background is
       left alone. All proposals are used; with ``"rank_sort"`` ground truth is among them, as torchvision adds it and
-      as published, with the others it is not, as aLRP Loss has it. Masks and keypoints stay as they are.
+      as published, with the others it is not, as aLRP Loss has it.
+    - Mask R-CNN with ``"rank_sort"``: masks are trained by dice in place of cross entropy, at most 200 a step, see
+      :meth:`HeadLoss.mask_loss`; true masks are cut out as torchvision does. The papers of the others train no masks,
+      and leave theirs as they are, as keypoints are left.
 
     Put it in when the model has its heads, and before ``DistributedDataParallel`` and ``torch.compile`` are put around
     it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it; FCOS and the box head
@@ -91,6 +96,8 @@ def use_ranking_loss(
         box_weight: see :class:`HeadLoss`; of both heads of a Faster R-CNN.
         delta: see :class:`HeadLoss`.
         rpn_weight: of both losses of the RPN; published: 0.2.
+        mask_loss: of Mask R-CNN with ``"rank_sort"``: ``"dice"``, that of the paper, or ``"bce"``, torchvision's; None:
+            that of the paper where there are masks.
         process_group: see :class:`HeadLoss`; with DistributedDataParallel, ``"world"`` ranks what all GPUs have.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
@@ -100,8 +107,8 @@ def use_ranking_loss(
         ``state_dict()`` with your checkpoint. Called again, the model's losses are replaced by new ones.
 
     Raises:
-        TypeError: the model is none of these. ValueError: ``assignment`` or ``box_coder`` that is unknown or not for
-        this model; and what :class:`HeadLoss` raises. The model is then as before.
+        TypeError: the model is none of these. ValueError: ``assignment``, ``box_coder`` or ``mask_loss`` that is
+            unknown or not for this model or loss; and what :class:`HeadLoss` raises. The model is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5, and the published configurations.
     """
@@ -116,6 +123,7 @@ def use_ranking_loss(
     if box_coder == "published" and isinstance(model, FCOS):
         raise ValueError("box_coder 'published' is for models with deviations of deltas; FCOS predicts distances")
     candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
+    dice = _trains_dice(model, loss, mask_loss)
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
 
     def head_loss(tau: float) -> HeadLoss:
@@ -133,7 +141,7 @@ def use_ranking_loss(
         )
 
     heads: list[Head]
-    coders: list[BoxCoder]
+    coders: list[Any]
     if isinstance(model, FCOS):
         heads, coders = [FCOSHead("head", model.head, head_loss(TAU))], []
     elif isinstance(model, RetinaNet):
@@ -141,7 +149,7 @@ def use_ranking_loss(
         coders = [model.head.regression_head.box_coder, model.box_coder]
     elif isinstance(model, GeneralizedRCNN):
         rpn = RegionProposalNetwork("rpn", model.rpn, head_loss(TAU_RPN), rpn_weight)
-        heads = [rpn, RoIHeads("roi_heads", model.roi_heads, head_loss(TAU))]
+        heads = [rpn, (MaskRoIHeads if dice else RoIHeads)("roi_heads", model.roi_heads, head_loss(TAU))]
         coders = [model.rpn.box_coder, model.roi_heads.box_coder]
     else:
         raise TypeError(f"model must be a RetinaNet, FCOS or FasterRCNN of torchvision, got {type(model).__name__}")
@@ -151,6 +159,18 @@ def use_ranking_loss(
     for head in heads:
         head.put_in()
     return DetectorLoss({head.name: head.loss for head in heads})
+
+
+def _trains_dice(model: nn.Module, loss: Loss, mask_loss: MaskLoss | None) -> bool:
+    has_masks = isinstance(model, GeneralizedRCNN) and cast("Any", model.roi_heads).has_mask()
+    if mask_loss is not None:
+        if mask_loss not in get_args(MaskLoss):
+            raise ValueError(f"mask_loss must be 'dice', 'bce' or None, got {mask_loss!r}")
+        if loss != "rank_sort":
+            raise ValueError(f"mask_loss is part of loss 'rank_sort'; got mask_loss={mask_loss!r} with {loss!r}")
+        if not has_masks:
+            raise ValueError(f"mask_loss {mask_loss!r} is for models with masks; {type(model).__name__} has none")
+    return has_masks and loss == "rank_sort" and mask_loss != "bce"
 
 
 def remove_ranking_loss(model: nn.Module) -> None:
