@@ -17,11 +17,9 @@ Period = int | Literal["later"]
 
 
 def check_period(period: object) -> Period:
-    """The period. TypeError or ValueError unless it is an int from 1 on, or ``"later"``."""
+    """The period. TypeError or ValueError unless it is ``"later"``, or an int from 1 on."""
     if period == "later":
         return "later"
-    if isinstance(period, str):
-        raise ValueError(f"period must be an int or 'later', got {period!r}")
     return check_integer("period", period, 1, 2**31, such_as="an epoch in your steps, len(loader)")
 
 
@@ -129,9 +127,7 @@ class SelfBalance(nn.Module):
     @torch.no_grad()
     def _record(self, classification: Tensor, localisation: Tensor) -> None:
         if self._period == "later":
-            raise RuntimeError(
-                'period is "later": set it before the first step, to an epoch in your steps, len(loader)'
-            )
+            raise RuntimeError("period is 'later': set it before the first step, an epoch in your steps, len(loader)")
         finite = classification.isfinite() & localisation.isfinite()
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)

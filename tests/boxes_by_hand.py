@@ -34,12 +34,13 @@ class Head(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The two losses, the box loss before it is weighted, and the gradient of the first in the logits."""
+    """The two losses, the box loss before it is weighted, the gradient of the first, and the plain mean of box errors."""
 
     classification: float
     box: float
     unweighted: float
     gradient: NDArray[np.float64]
+    box_error: float
 
 
 def iou_and_giou(a: Box, b: Box) -> tuple[float, float]:
@@ -70,18 +71,19 @@ def losses(loss: str, head: Head, tau: float) -> Losses:
     """The losses with the balance of the paper, in the first step."""
     overlaps = [iou_and_giou(positive.predicted, positive.true) for positive in head.positives]
     ious, box_losses = [iou for iou, _ in overlaps], [1 - giou for _, giou in overlaps]
+    plain = sum(box_losses) / len(box_losses)
     if loss == "alrp":
         out = dense.alrp_loss(head.logits, head.marks, [value / 2 / (1 - tau) for value in box_losses])
-        return Losses(out.classification, 50 * out.localisation, out.localisation, out.grad_logits)
+        return Losses(out.classification, 50 * out.localisation, out.localisation, out.grad_logits, plain)
     if loss == "ap":
         out = dense.ap_loss(head.logits, head.marks)
         off = np.abs([np.subtract(positive.deltas, positive.true_deltas) for positive in head.positives])
         mean = float(np.where(off < 1, off**2 / 2, off - 0.5).mean())  # over all numbers, as torch's own loss takes it
-        return Losses(out.loss, mean, mean, out.grad_logits)
+        return Losses(out.loss, mean, mean, out.grad_logits, mean)
     out = dense.rank_sort_loss(head.logits, head.marks, ious)
     total = out.ranking + out.sorting
     mean = float(np.average(box_losses, weights=[positive.score for positive in head.positives]))
-    return Losses(total, total, mean, out.grad_ranking + out.grad_sorting)
+    return Losses(total, total, mean, out.grad_ranking + out.grad_sorting, plain)
 
 
 def differentiable(

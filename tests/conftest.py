@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from alrp_triton import hints
 from tests.interpreter import hasten
 from tests.processes import ROOT as ROOT
 from tests.processes import TORCHRUN as TORCHRUN
@@ -107,6 +108,13 @@ def deterministic() -> Generator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def no_hints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come once a process, and so in one test or another; tests/test_hints.py asks for them."""
+    monkeypatch.setattr(hints, "_to_look", False)
+    monkeypatch.setattr(hints, "_to_watch", False)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,29 @@ def test_an_automatic_weight_is_balanced_from_the_first_step_on() -> None:
         SelfBalance(3, initial_weight="first")  # pyright: ignore
 
 
+def test_a_period_told_later() -> None:
+    """By anything that knows the loader; a state goes from one to the other."""
+    balance = SelfBalance("later")
+    with pytest.raises(RuntimeError, match="period is 'later': set it before the first step"):
+        step(balance, 0.9, 0.3)
+    assert step(balance.eval(), 0.9, 0.5) == 25  # nothing is recorded
+    state = copy.deepcopy(balance.state_dict())
+    assert state.keys() == SelfBalance(3).state_dict().keys()
+    balance.train().period = 2
+    assert repr(balance) == "SelfBalance(period=2)"
+    step(balance, 0.9, 0.3)
+    assert_near(step(balance, 0.9, 0.3), 4 * 0.3, 1e-6)
+    balance.load_state_dict(state)
+    assert balance.period == 2
+    assert balance.weight == 50
+    for wrong, error in ((0, ValueError), (2.5, TypeError), ("soon", TypeError), (None, TypeError)):
+        with pytest.raises(error, match="period must be"):
+            balance.period = wrong  # pyright: ignore[reportAttributeAccessIssue]
+        assert balance.period == 2
+        with pytest.raises(error, match="period must be"):
+            SelfBalance(wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_gradient_reaches_only_the_localisation() -> None:
     balance = SelfBalance(period=1)
     classification, localisation = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.25))

@@ -110,6 +110,10 @@ OF_ALRP: list[Misuse] = [
     (GOOD, {"process_group": "world"}, ValueError, "process_group='world' needs torch.distributed.init_process_group"),
     (GOOD, {"process_group": dist.GroupMember.NON_GROUP_MEMBER}, ValueError, "process_group must be one that this process is a member of"),
     (GOOD, {"gradient_reduction": "none"}, ValueError, "gradient_reduction must be 'mean' or 'sum', got 'none'"),
+    (GOOD, {"logits": [torch.zeros(4), torch.zeros(2)]}, TypeError, r"logits must be one torch.Tensor of all levels and images, .* got a list of 2: concatenate them"),
+    (GOOD, {"targets": (torch.zeros(4), torch.zeros(2))}, TypeError, "targets must be one torch.Tensor of all levels .* got a tuple of 2: concatenate"),
+    (GOOD, {"reduction": "sum"}, TypeError, "a ranking has no reduction, got reduction='sum': each loss is the mean over its positives"),
+    (CLASSES, {"background": 0, "targets": torch.tensor([0, 3, -1, 2])}, ValueError, r"got \[3\] among 1 .*; labels from 1 to 3, with 0 for background, are torch.where\(labels > 0, labels - 1, 3\) here"),
     (GOOD, {"gradient_reduction": None}, ValueError, "gradient_reduction must be 'mean' or 'sum', got None"),
 ]  # fmt: skip
 OF_FAMILY: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], type[Exception], str]] = [
@@ -121,6 +125,8 @@ OF_FAMILY: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], type[E
     (ap_loss, AP, {"num_positives": 3}, ValueError, "num_positives is 3, but targets mark 2 positives"),
     (ap_loss, AP, {"num_positives": -1}, ValueError, "num_positives must be at least 0 and at most 6, got -1"),
     (ap_loss, AP, {"num_positives": 2.0}, TypeError, "num_positives must be an int, got float"),
+    (ap_loss, AP, {"reduction": "none"}, TypeError, "a ranking has no reduction, got reduction='none'"),
+    (rank_sort_loss, GRADED, {"reduction": None}, TypeError, "a ranking has no reduction, got reduction=None"),
     (ap_loss, AP, {"backend": "gpu"}, ValueError, "backend must be one of"),
     (rank_sort_loss, GRADED, {"targets": torch.tensor([0.5, 0, 0, -1, 3.0, 0])}, ValueError, r"must be an IoU above 0 .*got \[3.0\]"),
     (rank_sort_loss, GRADED, {"targets": torch.tensor([0.5, 0, 0, -0.5, 1, 0])}, ValueError, r"must be an IoU .*got \[-0.5\] among 1"),

@@ -177,23 +177,29 @@ def assert_losses(
     assert_near(part.box_weight, expected.box / expected.unweighted, 2e-5)
 
 
+STD = (10, 10, 5, 5)  # published
+
+
+@pytest.mark.parametrize("coder", ["model", "published"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_retinanet(loss: Loss) -> None:
+def test_retinanet(loss: Loss, coder: str) -> None:
     """Over all images and levels at once, ignored anchors left out; losses, and the gradient of the scores."""
-    model, parts = make("retinanet", loss)
+    model, parts = make("retinanet", loss, box_coder=coder)
     spread(model)
     data = batch()
     losses, (_, outputs, of_images, matched) = seen_by(model, model.head, "compute_loss", data)
     assert any((match == -2).any() for match in matched)
 
     def code(deltas: list[float], anchor: list[float], true: list[float]) -> Corners:
-        std = (10, 10, 5, 5)
-        own = [delta * weight for delta, weight in zip(deltas, std, strict=True)]
-        return decode(deltas, anchor, (1, 1, 1, 1)), true, own, encode(true, anchor, std)
+        if coder == "published":
+            return decode(deltas, anchor, STD), true, deltas, encode(true, anchor, STD)
+        own = [delta * weight for delta, weight in zip(deltas, STD, strict=True)]
+        return decode(deltas, anchor, (1, 1, 1, 1)), true, own, encode(true, anchor, STD)
 
     expected = boxes_by_hand.losses(loss, dense_head(outputs, of_images, matched, data, code), 0.5)
     assert set(losses) == {"classification", "bbox_regression"}
     assert_losses((losses["classification"], losses["bbox_regression"]), expected, parts["head"])
+    assert_near(parts["head"].box_error, expected.box_error, 2e-5)
     (gradient,) = torch.autograd.grad(losses["classification"], outputs["cls_logits"], retain_graph=True)
     assert_near(gradient.flatten(), expected.gradient, 2e-5)
     assert_balanced(gradient, 1e-5)
@@ -231,10 +237,11 @@ def test_fcos(loss: Loss) -> None:
     assert_near(found["scores"], scores.sqrt().flatten().sort(descending=True).values, 1e-6)
 
 
+@pytest.mark.parametrize("coder", ["model", "published"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_region_proposals(loss: Loss) -> None:
+def test_region_proposals(loss: Loss, coder: str) -> None:
     """The RPN: tau 0.7, all anchors but the ignored, with the real anchors where the integration needs none."""
-    model, parts = make("faster_rcnn", loss)
+    model, parts = make("faster_rcnn", loss, box_coder=coder)
     spread(model)
     data = batch()
     found: list[list[Tensor]] = []
@@ -245,16 +252,57 @@ def test_region_proposals(loss: Loss) -> None:
     _, true = model.rpn.assign_targets_to_anchors(of_images, targets)
     marks, boxes, where = torch.cat(labels).long().numpy(), torch.cat(true), torch.cat(found[0])
     assert {-1, 0, 1} == set(marks.tolist())
-    std = (10, 10, 5, 5)
+    used = STD if coder == "published" else (1, 1, 1, 1)
     positives: list[Positive] = []
     for index in np.flatnonzero(marks == 1):
         anchor, box, delta = where[index].tolist(), boxes[index].tolist(), deltas[index].tolist()
-        own = [value * weight for value, weight in zip(delta, std, strict=True)]
-        boxes_of = decode(delta, anchor, (1, 1, 1, 1)), box, own, encode(box, anchor, std)
+        own = [value * weight / by for value, weight, by in zip(delta, STD, used, strict=True)]
+        boxes_of = decode(delta, anchor, used), box, own, encode(box, anchor, STD)
         positives.append(Positive(*boxes_of, objectness[index].sigmoid().item()))
     head = Head(objectness.detach().double().numpy().ravel(), marks, positives)
     expected = boxes_by_hand.losses(loss, head, 0.7)
     assert_losses((losses["loss_objectness"], losses["loss_rpn_box_reg"]), expected, parts["rpn"], 0.2)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_published_deviations_are_for_detection_too(name: str) -> None:
+    """What a model predicts with them is what it predicts with the deltas divided by 10, 10, 5, 5; then its own again."""
+    model, _ = make(name, box_coder="published")
+    spread(model)
+    model.eval()
+    (model if name == "retinanet" else model.roi_heads).score_thresh = 0.0
+    images, _ = batch()
+    with torch.no_grad():
+        found = copy.deepcopy(model)(images)
+        remove_ranking_loss(model)
+        layer = model.head.regression_head.bbox_reg if name == "retinanet" else model.rpn.head.bbox_pred
+        divide = layer.weight.new_tensor(STD).repeat(layer.out_channels // 4)
+        layer.weight /= divide.reshape(-1, 1, 1, 1)
+        layer.bias /= divide
+        if name == "faster_rcnn":  # whose box head has another score without the loss
+            use_ranking_loss(model, period=1)
+        expected = model(images)
+    for one, other in zip(found, expected, strict=True):
+        assert len(one["boxes"])
+        assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in ("boxes", "scores"))
+
+
+def test_the_period_may_be_told_later() -> None:
+    model, parts = make("faster_rcnn", period="later")
+    with pytest.raises(RuntimeError, match="period is 'later': set it before the first step"):
+        model(*batch())
+    keys = parts.state_dict().keys()
+    parts.set_period(2)
+    assert parts.state_dict().keys() == keys
+    assert [part.period for part in parts.values()] == [2, 2]
+    for _ in range(2):
+        model(*batch())
+    assert all(part.balance is not None and part.balance.weight != 50 for part in parts.values())
+    with pytest.raises(TypeError, match=r"period must be an int, an epoch in your steps, len\(loader\), got float"):
+        parts.set_period(100 / 8)  # pyright: ignore[reportArgumentType]
+    _, parts = make("faster_rcnn", "rank_sort", period=None)
+    parts.set_period(2)
+    assert [part.period for part in parts.values()] == [None, None]
 
 
 @pytest.mark.parametrize(("weight", "first"), [(7.0, 7.0), ("auto", None)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton import ALRPLoss, ALRPLossOutput, alrp_loss
+from alrp_triton import ALRPLoss, ALRPLossOutput, alrp_loss, rank_sort_loss
 from alrp_triton.dispatch import Backend
 from reference.dense import Result
 from reference.dense import alrp_loss as oracle
@@ -321,7 +321,9 @@ def test_module_calls_the_function() -> None:
     arguments = [torch.tensor(a) for a in case[:3]]
     module = ALRPLoss(delta=0.5, eps=1e-3, backend="torch")
     expected = alrp_loss(*arguments, delta=0.5, eps=1e-3, backend="torch")
-    assert all(torch.equal(a, b) for a, b in zip(module(*arguments), expected, strict=True))
+    out = module(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(out.positives, expected.positives, strict=True))
+    assert torch.equal(out.total, expected.total)
     assert (
         repr(module)
         == "ALRPLoss(delta=0.5, eps=0.001, background=None, ignore_index=-1, process_group=None, gradient_reduction='mean', backend='torch')"
@@ -345,3 +347,22 @@ def test_minus_zero_is_a_hard_step() -> None:
     case = FINITE["hard_ties"]
     arguments = [torch.tensor(a) for a in case[:3]]
     assert torch.equal(alrp_loss(*arguments, delta=-0.0).rank, alrp_loss(*arguments, delta=0).rank)
+
+
+def test_parts_may_be_added_and_ranks_may_not(device: str) -> None:
+    """``sum(out)`` once added ranks and indices to the loss without a word."""
+    logits = torch.randn(30, device=device, requires_grad=True)
+    targets = (torch.arange(30, device=device) % 3 == 0).long()
+    out = alrp_loss(logits, targets, torch.rand(10, device=device))
+    assert torch.equal(out.total, out.classification + out.localisation)
+    with pytest.raises(TypeError, match="PositiveRanks"):
+        sum(out)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(TypeError, match="PositiveRanks"):
+        torch.stack(out)  # pyright: ignore[reportArgumentType]
+    classification, localisation, (rank, order) = out
+    assert torch.equal(classification + localisation, out.total)
+    assert rank is out.rank
+    assert order is out.order
+    both = rank_sort_loss(logits, targets, torch.rand(10, device=device))
+    assert torch.equal(both.total, both.ranking + both.sorting)
+    assert torch.equal(both.total, torch.stack(both).sum())
