@@ -27,7 +27,8 @@ ops = pytest.importorskip("torchvision.ops", reason="the integrations need torch
 class RoIAlign(nn.Module):
     def __init__(self, output_size: int, spatial_scale: float, sampling_ratio: int = 0) -> None:
         super().__init__()
-        self.settings = output_size, spatial_scale, sampling_ratio
+        self.output_size = (output_size, output_size)  # mmdet asks for it
+        self.settings = self.output_size, spatial_scale, sampling_ratio
 
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         return roi_align(features, rois, *self.settings)

@@ -95,12 +95,13 @@ class RankingBBoxHeadMixin:
         rois: Tensor,
         sampling_results: list[Any],
         rcnn_train_cfg: Any,
-        **kwargs: Any,
+        concat: bool = True,
+        reduction_override: str | None = None,
     ) -> dict[str, Any]:
         """The losses of a batch, and its targets; arguments as BBoxHead has them."""
         _check_sampler(rcnn_train_cfg.get("sampler"), self.ranking_loss.loss)
         return super().loss_and_target(  # pyright: ignore[reportAttributeAccessIssue]
-            cls_score, bbox_pred, rois, sampling_results, rcnn_train_cfg, **kwargs
+            cls_score, bbox_pred, rois, sampling_results, rcnn_train_cfg, concat, reduction_override
         )
 
     def loss(
