@@ -204,7 +204,7 @@ def test_it_learns() -> None:
 
 def test_the_config_of_the_docs() -> None:
     """Put upon mmdet's own config of Faster R-CNN, as a user's config is."""
-    base = Path(mmdet.__file__).parent / ".mim/configs/_base_/models/faster-rcnn_r50_fpn.py"
+    base = Path(str(mmdet.__file__)).parent / ".mim/configs/_base_/models/faster-rcnn_r50_fpn.py"
     if not base.exists():
         pytest.skip("this build of mmdet has no configs")
     page = (ROOT / "docs/integrations.md").read_text()

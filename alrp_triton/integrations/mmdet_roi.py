@@ -76,6 +76,10 @@ class RankingBBoxHeadMixin:
     bbox_coder: Any
     num_classes: int
     reg_class_agnostic: bool
+    get_targets: Any
+    loss_cls: Any
+    with_cls: bool
+    with_reg: bool
 
     def __init__(self, *args: Any, ranking_loss: dict[str, Any], **kwargs: Any) -> None:
         name = type(self).__name__
