@@ -94,8 +94,9 @@ def differentiable(
     deltas_off: Tensor,
     ious: ArrayLike,
     scores: Tensor,
+    tau: float = 0.5,
 ) -> tuple[float, NDArray[np.float64], Tensor]:
-    """The same with a graph from the box loss to the boxes, for tau = 0.5.
+    """The same with a graph from the box loss to the boxes.
 
     Args:
         loss: which.
@@ -105,14 +106,16 @@ def differentiable(
         deltas_off: predicted deltas less true ones, in units of their standard deviation, ``(P, 4)``.
         ious: of the positives.
         scores: the greatest of each positive's anchor.
+        tau: of the localisation error.
 
     Returns:
         The classification loss, its gradient in the logits, and the box loss with its balance.
     """
     values = logits.detach().numpy()
     if loss == "alrp":
-        of_alrp = dense.alrp_loss(values, marks, giou_losses.detach().numpy())  # / 2 / (1 - tau), which is 1
-        box = 50 * (giou_losses * torch.from_numpy(of_alrp.grad_box_errors)).sum()
+        errors = giou_losses / 2 / (1 - tau)
+        of_alrp = dense.alrp_loss(values, marks, errors.detach().numpy())
+        box = 50 * (errors * torch.from_numpy(of_alrp.grad_box_errors)).sum()
         return of_alrp.classification, of_alrp.grad_logits, box
     if loss == "ap":
         of_ap = dense.ap_loss(values, marks)

@@ -35,7 +35,8 @@ BoxLoss = Literal["giou", "smooth_l1"]
 
 _DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
 _BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
-_SMOOTH_L1_BETA = 1.0  # published, on deltas in units of their standard deviation
+TAU_RPN = 0.7  # of the localisation error in an RPN, published
+RPN_WEIGHT = 0.2  # of both losses of an RPN, published
 STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
 # The IoU loss adds 1e-7 to areas: nothing for pixels, but much for a small object in units of the image.
 _UNIT = 1024.0  # a power of 2, so that pixels give the same bits with it and without
@@ -98,6 +99,7 @@ class HeadLoss(nn.Module):
             weights, in the last step in which this process had any (NaN before the first). For logs: it is what falls
             as boxes improve, where aLRP's localisation part depends on the ranks too.
         period: of ``SelfBalance``, None without one; may be set.
+        smooth_l1_beta: where smooth L1 becomes L1; published: 1, on deltas in units of their standard deviation.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; ``"alrp"`` without ``period`` and
@@ -109,6 +111,7 @@ class HeadLoss(nn.Module):
 
     box_weight: Tensor
     box_error: Tensor
+    smooth_l1_beta: float = 1.0
 
     def __init__(
         self,
@@ -185,7 +188,7 @@ class HeadLoss(nn.Module):
         """
         boxes = _checked(boxes, self.box_loss, process_group=self.criterion.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
-        errors = _box_errors(boxes, self.box_loss)
+        errors = _box_errors(boxes, self.box_loss, self.smooth_l1_beta)
         if errors.numel():
             self.box_error = errors.detach().mean()
         if isinstance(self.criterion, ALRPLoss):
@@ -311,13 +314,13 @@ def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | N
     return Boxes(cast("Tensor", predicted), cast("Tensor", target), *deltas)
 
 
-def _box_errors(boxes: Boxes, box_loss: BoxLoss) -> Tensor:
+def _box_errors(boxes: Boxes, box_loss: BoxLoss, beta: float) -> Tensor:
     """The box loss of each positive, ``(P,)``; smooth L1 is the mean over its four deltas, as published."""
     if box_loss == "giou":
         return generalized_box_iou_loss(boxes.predicted * _UNIT, boxes.target.detach() * _UNIT)
     assert boxes.deltas is not None
     assert boxes.target_deltas is not None
-    off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=_SMOOTH_L1_BETA, reduction="none")
+    off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=beta, reduction="none")
     return off.mean(-1)
 
 

@@ -22,7 +22,7 @@ from ..checks import check_integer, check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .atss import CANDIDATES
-from .head_loss import BoxLoss, DetectorLoss, HeadLoss, Loss
+from .head_loss import RPN_WEIGHT, TAU_RPN, BoxLoss, DetectorLoss, HeadLoss, Loss
 from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetHead, RoIHeads
 from .torchvision_masks import MaskRoIHeads
 
@@ -35,9 +35,6 @@ except ImportError as missing:
 Assignment = Literal["iou", "atss"]
 BoxCoding = Literal["model", "published"]
 MaskLoss = Literal["dice", "bce"]
-
-TAU_RPN = 0.7
-RPN_WEIGHT = 0.2
 
 
 def use_ranking_loss(
