@@ -70,6 +70,7 @@ def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
     return Settings(
         detector="retinanet_small", assignment="iou", size=128, batch=BATCH, steps=steps, optimizer="adamw", lr=lr,
         warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", freeze_norm=False, seed=seed,
+        box_coder="model" if contender.loss == "torchvision" else "published",
         **contender._asdict(),
     )  # fmt: skip
 

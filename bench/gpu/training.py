@@ -42,6 +42,7 @@ def _settings(name: str, context: Context) -> Any:
         size=64 if context.rehearse else _SIZE,
         batch=2 if context.rehearse else _BATCH, steps=_STEPS, optimizer="adamw", lr=3e-3, warm_up=50,
         schedule="cosine", period=50, flip=False, amp="bf16", freeze_norm=False, seed=0,
+        box_coder="model" if loss == "torchvision" else "published",
     )  # fmt: skip
 
 

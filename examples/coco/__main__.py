@@ -152,6 +152,7 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
         lr=lr,
         flip=not options.no_flip,
         freeze_norm=freeze_norm,
+        box_coder="model" if options.loss == "torchvision" or options.detector.startswith("fcos") else "published",
     )
 
 

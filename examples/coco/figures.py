@@ -20,7 +20,7 @@ _SHOWN = 12  # images
 
 
 def save_losses(steps: Path, file: Path) -> None:
-    """Draws the losses of a log, smoothed, and the weights of the box losses.
+    """Draws the losses of a log, smoothed, and the weights of the box losses beside their plain means.
 
     Args:
         steps: ``steps.csv`` of a run.
@@ -33,12 +33,14 @@ def save_losses(steps: Path, file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, values in columns.items():
         if name.startswith("weight_"):
-            right.plot(columns["step"], values, label=name.removeprefix("weight_"))
+            right.plot(columns["step"], values, label=f"weight, {name.removeprefix('weight_')}")
+        elif name.startswith("box_error_"):
+            right.plot(columns["step"], values, "--", label=f"mean error, {name.removeprefix('box_error_')}")
         elif name not in ("step", "lr", "total", "seconds", "seconds_loading"):
             left.plot(columns["step"][len(kernel) - 1 :], np.convolve(values, kernel, mode="valid"), label=name)
     left.set(title="losses, as they are added up", xlabel="step", yscale="log")
     left.legend()
-    right.set(title="weight of the box loss", xlabel="step", yscale="log")
+    right.set(title="box loss: its weight, and its mean before", xlabel="step", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=120)

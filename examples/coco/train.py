@@ -57,6 +57,7 @@ class Settings:
         amp: ``off``, ``bf16`` or ``fp16``.
         freeze_norm: BatchNorm normalises by the statistics that it has at the start, and does not change them.
         seed: of weights and batches.
+        box_coder: of the ranking losses, ``published`` or ``model``, as checkpoints of before have it.
     """
 
     detector: str
@@ -76,6 +77,7 @@ class Settings:
     amp: str
     freeze_norm: bool
     seed: int
+    box_coder: str = "model"
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -135,7 +137,7 @@ class Run:
                 settings.loss,  # pyright: ignore[reportArgumentType]
                 period=settings.period or max(len(self.data) // settings.batch, 1),
                 assignment=settings.assignment,  # pyright: ignore[reportArgumentType]
-                box_coder="model" if settings.detector.startswith("fcos") else "published",
+                box_coder=settings.box_coder,  # pyright: ignore[reportArgumentType]
                 box_loss=settings.box_loss,  # pyright: ignore[reportArgumentType]
                 box_weight=settings.box_weight,
                 process_group="world" if self.processes > 1 else None,
@@ -206,7 +208,9 @@ class Run:
         self.scaler.update()
         self.step += 1
         values = {name: loss.item() for name, loss in losses.items()} | {"total": total.item()}
-        return values | {f"weight_{name}": part.box_weight.item() for name, part in self.losses.items()}
+        for name, part in self.losses.items():
+            values |= {f"weight_{name}": part.box_weight.item(), f"box_error_{name}": part.box_error.item()}
+        return values
 
     def share_buffers(self) -> None:
         """All processes take those of the first, as a checkpoint does. BatchNorm's statistics are each one's own."""
