@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from alrp_triton import (
     ALRPLoss,
+    ALRPLossOutput,
     APLoss,
     RankSortLoss,
     SelfBalance,
+    alrp_loss,
     ap_loss,
     balance_by_value,
     rank_sort_loss,
@@ -194,3 +196,21 @@ def test_no_second_derivative(backend: str) -> None:
         return
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+def test_what_is_returned_is_what_eager_returns(device: str) -> None:
+    """Its properties inside of the graph, and the whole of it, ranks included, out of the graph."""
+
+    def function(logits: Tensor, targets: Tensor, values: Tensor) -> tuple[Tensor, Tensor, ALRPLossOutput]:
+        out = alrp_loss(logits, targets, values)
+        return out.total, 2 * out.rank + out.order, out
+
+    arguments = draw(60, 8, device)
+    expected = function(*arguments)
+    in_one_graph = torch.__version__ >= "2.11"  # to torch 2.4 properties are no tensors; between nobody looked
+    found = torch.compile(function, fullgraph=in_one_graph, backend="aot_eager", dynamic=True)(*arguments)
+    assert type(found[2]) is ALRPLossOutput
+    for one, other in ((found[:2], expected[:2]), (found[2][:2], expected[2][:2]), (found[2].positives, expected[2].positives)):  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    wanted = torch.autograd.grad(expected[0], arguments[::2])
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found[0], arguments[::2]), wanted, strict=True))
