@@ -81,6 +81,7 @@ def test_layers_import_one_way() -> None:
             "mmdet_dense",
             "mmdet_fovea",
             "mmdet_roi",
+            "mmdet_masks",
             "mmdet",
             "transformers",
         ],

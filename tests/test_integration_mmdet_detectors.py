@@ -41,7 +41,7 @@ from mmengine.structures import InstanceData
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def detector(kind: str, loss: dict[str, Any], threshold: float = 0.001) -> Any:
+def detector(kind: str, loss: dict[str, Any], threshold: float = 0.001, roi_head: str = "StandardRoIHead") -> Any:
     torch.manual_seed(0)
     coder = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4, "target_stds": STANDARD}
     anchors = {"type": "AnchorGenerator", "scales": [4], "ratios": [0.5, 1.0, 2.0], "strides": [4, 8, 16, 32, 64]}
@@ -82,21 +82,21 @@ def detector(kind: str, loss: dict[str, Any], threshold: float = 0.001) -> Any:
     }
     extractor: dict[str, Any] = {"type": "SingleRoIExtractor", "out_channels": WIDTH, "featmap_strides": [4, 8, 16, 32]}
     extractor["roi_layer"] = {"type": "RoIAlign", "output_size": SIDE, "sampling_ratio": 0}
-    roi_head: dict[str, Any] = {"type": "StandardRoIHead", "bbox_roi_extractor": extractor}
+    heads: dict[str, Any] = {"type": roi_head, "bbox_roi_extractor": extractor}
     head = box_head(reg_class_agnostic=kind == "CascadeRCNN", ranking_loss=loss)
     head["loss_cls"] = {"type": "CrossEntropyLoss", "use_sigmoid": False}  # as in the config that this is put upon
     if kind == "CascadeRCNN":
-        roi_head |= {"type": "CascadeRoIHead", "num_stages": 3, "stage_loss_weights": [1, 0.5, 0.25]}
-        roi_head["bbox_head"] = [head] * 3
+        heads |= {"type": "CascadeRoIHead", "num_stages": 3, "stage_loss_weights": [1, 0.5, 0.25]}
+        heads["bbox_head"] = [head] * 3
         config["train_cfg"]["rcnn"] = [train_cfg(loss["loss"], 0.5 + 0.1 * stage) for stage in range(3)]
     else:
-        roi_head["bbox_head"] = head
+        heads["bbox_head"] = head
         config["train_cfg"]["rcnn"] = train_cfg(loss["loss"])
     if kind == "MaskRCNN":
-        roi_head["mask_roi_extractor"] = extractor
-        roi_head["mask_head"] = {"type": "FCNMaskHead", "num_convs": 1, "in_channels": WIDTH, "num_classes": CLASSES}
-        roi_head["mask_head"]["conv_out_channels"] = WIDTH
-    model = MODELS.build(ConfigDict(**config, roi_head=roi_head))
+        heads["mask_roi_extractor"] = extractor
+        heads["mask_head"] = {"type": "FCNMaskHead", "num_convs": 1, "in_channels": WIDTH, "num_classes": CLASSES}
+        heads["mask_head"]["conv_out_channels"] = WIDTH
+    model = MODELS.build(ConfigDict(**config, roi_head=heads))
     model.init_weights()
     return model.train()
 

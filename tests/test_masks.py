@@ -11,7 +11,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 pytest.importorskip("torchvision.ops", reason="torchvision is an extra", exc_type=ImportError)
@@ -22,6 +21,7 @@ from alrp_triton.integrations.head_loss import HeadLoss
 from alrp_triton.integrations.masks import MOST_MASKS, dice_error, draw_masks
 from alrp_triton.integrations.torchvision import remove_ranking_loss, use_ranking_loss
 from tests.compare import assert_near
+from tests.masks_by_hand import Array, crop, gradient_of_masks
 from tests.test_integration_torchvision import (
     CLASSES,
     SIZE,
@@ -32,8 +32,6 @@ from tests.test_integration_torchvision import (
     retinanet,
     spread,
 )
-
-Array = NDArray[np.float64]
 
 
 def discs(counts: tuple[int, ...] = (4, 0, 3)) -> Batch:
@@ -50,28 +48,6 @@ def discs(counts: tuple[int, ...] = (4, 0, 3)) -> Batch:
         labels = torch.randint(1, CLASSES + 1, (count,), generator=generator)
         targets.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
     return images, targets
-
-
-def crop(mask: Array, box: list[float], size: int) -> Array:
-    """RoIAlign of one mask, as torchvision's models have it for true masks, sample by sample."""
-    bins = [max(box[2] - box[0], 1) / size, max(box[3] - box[1], 1) / size]
-    number = [math.ceil(side) for side in bins]
-    out = np.zeros((size, size))
-    for row in range(size):
-        for column in range(size):
-            samples = list[float]()
-            for j in range(number[1]):
-                for i in range(number[0]):
-                    y = min(box[1] + (row + (j + 0.5) / number[1]) * bins[1], len(mask) - 1)
-                    x = min(box[0] + (column + (i + 0.5) / number[0]) * bins[0], len(mask) - 1)
-                    top, left = int(y), int(x)
-                    below, right = min(top + 1, len(mask) - 1), min(left + 1, len(mask) - 1)
-                    up, on = mask[top, left], mask[top, right]
-                    upper = up + (x - left) * (on - up)
-                    lower = mask[below, left] + (x - left) * (mask[below, right] - mask[below, left])
-                    samples.append(upper + (y - top) * (lower - upper))
-            out[row, column] = np.mean(samples)
-    return out
 
 
 class Seen(NamedTuple):
@@ -114,7 +90,7 @@ def by_hand(seen: Seen, data: Batch) -> Array:
     """The gradient of the loss by the logits of all masks; the loss itself is the ranking loss, whatever the masks."""
     masks = seen.masks.detach().double().numpy()
     size = masks.shape[-1]
-    errors, weights, slopes = list[float](), list[float](), list[Array]()
+    weights, truth = list[float](), list[Array]()
     classes, begin = list[int](), 0
     for image, (proposals, matched, labels) in enumerate(zip(*seen.selected[:3], strict=True)):
         known = {tuple(box): row for row, box in enumerate(proposals.tolist())}
@@ -122,22 +98,15 @@ def by_hand(seen: Seen, data: Batch) -> Array:
             row = known[tuple(box)]
             classes.append(int(labels[row]))
             assert classes[-1] > 0
-            x = 1 / (1 + np.exp(-masks[len(errors), classes[-1]]))
             true = data[1][image]["masks"][int(matched[row])].double().numpy()
-            t = crop(true, box, size)
-            overlap, squares = 0.0, 1e-5
-            for own, of_target in zip(x.ravel(), t.ravel(), strict=True):
-                overlap += own * of_target
-                squares += own * own + of_target * of_target
-            errors.append(1 - 2 * overlap / squares)
-            slopes.append((-2 * t / squares + 4 * overlap * x / squares**2) * x * (1 - x))
+            truth.append(crop(true, box, size))
             weights.append(max(1 / (1 + math.exp(-score)) for score in seen.scores[begin + row, 1:].tolist()))
         begin += len(proposals)
-    classification = seen.losses["loss_classifier"].item()
-    mean = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    own = np.stack([masks[index, of_class] for index, of_class in enumerate(classes)])
     gradient = np.zeros(masks.shape)
+    slopes = gradient_of_masks(own, truth, weights, seen.losses["loss_classifier"].item())
     for index, slope in enumerate(slopes):
-        gradient[index, classes[index]] = classification / mean * weights[index] / sum(weights) * slope
+        gradient[index, classes[index]] = slope
     assert len(set(classes)) > 2
     return gradient
 

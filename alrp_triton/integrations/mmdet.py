@@ -13,12 +13,14 @@
 ================== ==================================================================
 one stage          ``RankingRetinaHead``, ``RankingATSSHead``, ``RankingPAAHead``,
                    ``RankingFoveaHead``
-two stages         ``RankingRPNHead``, ``RankingShared2FCBBoxHead``
+two stages         ``RankingRPNHead``, ``RankingShared2FCBBoxHead``,
+                   ``RankingMaskRoIHead``
 a head of your own ``RankingHeadMixin``, ``RankingBBoxHeadMixin``
 ================== ==================================================================
 
 All else of the head's config stays. Its ``loss_cls`` and ``loss_bbox`` are built and not used, but by PAA, which
-assigns anchors by them, and in box heads, where ``loss_cls`` is replaced.
+assigns anchors by them, and in box heads, where ``loss_cls`` is replaced. ``RankingMaskRoIHead`` is a Mask R-CNN's
+``roi_head`` with Rank & Sort Loss; with another, masks train as mmdet's own.
 """
 
 from .mmdet_dense import (
@@ -29,6 +31,7 @@ from .mmdet_dense import (
     RankingRPNHead,
 )
 from .mmdet_fovea import RankingFoveaHead
+from .mmdet_masks import RankingMaskRoIHead
 from .mmdet_roi import RankingBBoxHeadMixin, RankingShared2FCBBoxHead
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "RankingBBoxHeadMixin",
     "RankingFoveaHead",
     "RankingHeadMixin",
+    "RankingMaskRoIHead",
     "RankingPAAHead",
     "RankingRPNHead",
     "RankingRetinaHead",
