@@ -72,6 +72,7 @@ def test_layers_import_one_way() -> None:
         "integrations": [
             "__init__",
             "masks",
+            "box_errors",
             "head_loss",
             "atss",
             "torchvision_heads",

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_loss import Boxes, HeadLoss, at_least_float32, in_deviations
+from .box_errors import Boxes, at_least_float32, in_deviations
+from .head_loss import HeadLoss
 
 try:
     from detectron2.config import CfgNode, configurable

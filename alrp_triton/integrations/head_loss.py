@@ -1,13 +1,12 @@
-"""What trains one head of a detector: a ranking loss, and the box loss of its paper. Knows boxes, no framework."""
+"""What trains one head of a detector: a ranking loss, and the box loss of its paper. Knows no framework."""
 
 import math
-from collections.abc import ItemsView, Sequence, ValuesView
+from collections.abc import ItemsView, ValuesView
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import smooth_l1_loss
 
 from ..balance import INITIAL_WEIGHT, InitialWeight, Period, SelfBalance, balance_by_value, check_period
 from ..boxes import TAU, giou_localisation_error
@@ -18,28 +17,20 @@ from ..distributed import (
     ProcessGroup,
     check_gradient_reduction,
     name_and_size,
-    tells_the_others,
 )
 from ..functional import DELTA, DELTA_RS
 from ..modules import ALRPLoss, APLoss, RankSortLoss
 from ..targets import IGNORE_INDEX, check_form, classify
+from .box_errors import Boxes as Boxes
+from .box_errors import BoxLoss, box_errors, checked, paired_iou
 from .masks import dice_error
 
-try:
-    from torchvision.ops import generalized_box_iou_loss
-except ImportError as missing:
-    raise ImportError("the integrations need torchvision, in the version that fits your torch") from missing
-
 Loss = Literal["alrp", "ap", "rank_sort"]
-BoxLoss = Literal["giou", "smooth_l1"]
 
 _DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
 _BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
 TAU_RPN = 0.7  # of the localisation error in an RPN, published
 RPN_WEIGHT = 0.2  # of both losses of an RPN, published
-STANDARD = (10.0, 10.0, 5.0, 5.0)  # 1 / standard deviation of the four deltas, as the published heads have them
-# The IoU loss adds 1e-7 to areas: nothing for pixels, but much for a small object in units of the image.
-_UNIT = 1024.0  # a power of 2, so that pixels give the same bits with it and without
 
 
 class HeadLosses(NamedTuple):
@@ -49,20 +40,6 @@ class HeadLosses(NamedTuple):
     """0-d; of Rank & Sort Loss, ``ranking + sorting``."""
     box: Tensor
     """0-d; weighted."""
-
-
-class Boxes(NamedTuple):
-    """The boxes of a head's positives, in the order of their flat index in the logits; ``(P, 4)`` each.
-
-    ``predicted`` and ``target``: corners x1, y1, x2, y2, in pixels or in any other unit that both share, for overlaps
-    do not depend on it. ``deltas`` and ``target_deltas``: the same in the encoding of the head, in units of their
-    standard deviation; needed for the box loss ``"smooth_l1"`` alone.
-    """
-
-    predicted: Tensor
-    target: Tensor
-    deltas: Tensor | None = None
-    target_deltas: Tensor | None = None
 
 
 class HeadLoss(nn.Module):
@@ -186,9 +163,9 @@ class HeadLoss(nn.Module):
                 More or fewer boxes than positives are an error of the loss, which calls what it gets of each of them
                 ``box_errors``, ``ious`` or ``num_positives``.
         """
-        boxes = _checked(boxes, self.box_loss, process_group=self.criterion.process_group)
+        boxes = checked(boxes, self.box_loss, process_group=self.criterion.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
-        errors = _box_errors(boxes, self.box_loss, self.smooth_l1_beta)
+        errors = box_errors(boxes, self.box_loss, self.smooth_l1_beta)
         if errors.numel():
             self.box_error = errors.detach().mean()
         if isinstance(self.criterion, ALRPLoss):
@@ -197,7 +174,7 @@ class HeadLoss(nn.Module):
         if isinstance(self.criterion, APLoss):
             classification = self.criterion(logits, targets, num_positives=errors.numel())
             return self._weighted(classification, self._mean(errors, torch.ones_like(errors)))
-        ious = _paired_iou(boxes.predicted.detach(), boxes.target)
+        ious = paired_iou(boxes.predicted.detach(), boxes.target)
         ranked = self.criterion(logits, targets, ious)
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
@@ -283,54 +260,9 @@ class DetectorLoss(nn.ModuleDict):
         return cast("ValuesView[HeadLoss]", super().values())
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision made float32: it would round the corners of boxes to whole pixels, and worse."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def greatest_scores(logits: Tensor) -> Tensor:
     """The greatest class score of each row of ``(P, C)`` logits, ``(P,)`` float32."""
     return logits.float().amax(-1).sigmoid()
-
-
-def in_deviations(deltas: Tensor, weights: Sequence[float]) -> Tensor:
-    """Deltas in units of their standard deviation, from those of a coder that multiplies by ``weights``."""
-    return deltas * (deltas.new_tensor(STANDARD) / deltas.new_tensor(weights))
-
-
-@tells_the_others
-def _checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | None) -> Boxes:
-    """The boxes in one dtype, float32 at least."""
-    dtype, shape = torch.float32, boxes.predicted.shape
-    for name, value in zip(Boxes._fields, boxes, strict=True):
-        if value is not None:
-            check_tensor(name, value, "floating")
-            if value.ndim != 2 or value.shape[1] != 4 or value.shape != shape:
-                raise ValueError(f"{name} must have shape (P, 4) for P positives, got {tuple(value.shape)}")
-            dtype = torch.promote_types(dtype, value.dtype)
-    if box_loss == "smooth_l1" and (boxes.deltas is None or boxes.target_deltas is None):
-        raise ValueError("box_loss 'smooth_l1' needs deltas and target_deltas of the positives, got None")
-    predicted, target, *deltas = (None if value is None else value.to(dtype) for value in boxes)
-    return Boxes(cast("Tensor", predicted), cast("Tensor", target), *deltas)
-
-
-def _box_errors(boxes: Boxes, box_loss: BoxLoss, beta: float) -> Tensor:
-    """The box loss of each positive, ``(P,)``; smooth L1 is the mean over its four deltas, as published."""
-    if box_loss == "giou":
-        return generalized_box_iou_loss(boxes.predicted * _UNIT, boxes.target.detach() * _UNIT)
-    assert boxes.deltas is not None
-    assert boxes.target_deltas is not None
-    off = smooth_l1_loss(boxes.deltas, boxes.target_deltas.detach(), beta=beta, reduction="none")
-    return off.mean(-1)
-
-
-def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one in the same place of the other list, ``(P,)``; of two empty boxes 0."""
-    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    areas = [(each[:, 2:] - each[:, :2]).clamp(min=0).prod(-1) for each in (boxes, others)]
-    union = areas[0] + areas[1] - intersection
-    return (intersection / torch.where(union > 0, union, 1.0)).clamp(0, 1)
 
 
 def _positive_scores(logits: Tensor, targets: Tensor, count: int, backend: Backend) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..targets import IGNORE_INDEX
-from .head_loss import RPN_WEIGHT, TAU_RPN, Boxes, HeadLoss, at_least_float32, in_deviations
+from .box_errors import Boxes, at_least_float32, in_deviations
+from .head_loss import RPN_WEIGHT, TAU_RPN, HeadLoss
 
 try:
     from mmdet.models.dense_heads import AnchorHead, ATSSHead, PAAHead, RetinaHead, RPNHead

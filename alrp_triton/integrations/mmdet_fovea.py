@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .head_loss import Boxes, at_least_float32
+from .box_errors import Boxes, at_least_float32
 from .mmdet_dense import check_sigmoid, head_loss_of
 
 try:

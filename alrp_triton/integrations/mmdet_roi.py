@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..targets import IGNORE_INDEX
-from .head_loss import HeadLoss, at_least_float32
+from .box_errors import at_least_float32
+from .head_loss import HeadLoss
 from .mmdet_dense import coded_boxes, head_loss_of
 
 try:

@@ -22,7 +22,8 @@ from ..checks import check_integer, check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .atss import CANDIDATES
-from .head_loss import RPN_WEIGHT, TAU_RPN, BoxLoss, DetectorLoss, HeadLoss, Loss
+from .box_errors import BoxLoss
+from .head_loss import RPN_WEIGHT, TAU_RPN, DetectorLoss, HeadLoss, Loss
 from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetHead, RoIHeads
 from .torchvision_masks import MaskRoIHeads
 

@@ -11,7 +11,8 @@ from ..checks import check_values
 from ..distributed import ProcessGroup, tells_the_others
 from ..targets import IGNORE_INDEX
 from .atss import atss_match
-from .head_loss import STANDARD, Boxes, HeadLoss, at_least_float32, in_deviations
+from .box_errors import STANDARD, Boxes, at_least_float32, in_deviations
+from .head_loss import HeadLoss
 
 Target = dict[str, Tensor]
 

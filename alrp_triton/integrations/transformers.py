@@ -21,7 +21,8 @@ from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
-from .head_loss import Boxes, HeadLoss, HeadLosses, Loss, at_least_float32
+from .box_errors import Boxes, at_least_float32
+from .head_loss import HeadLoss, HeadLosses, Loss
 
 try:
     from torchvision.ops import box_convert
