@@ -23,6 +23,15 @@ def check_period(period: object) -> Period:
     return check_integer("period", period, 1, 2**31, such_as="an epoch in your steps, len(loader)")
 
 
+def check_initial_weight(initial_weight: object) -> tuple[float, bool]:
+    """The weight to begin with, and whether it is automatic. TypeError or ValueError unless a number, or ``"auto"``."""
+    if initial_weight == "auto":
+        return 1.0, True
+    if isinstance(initial_weight, str):
+        raise ValueError(f"initial_weight must be a number or 'auto', got {initial_weight!r}")
+    return check_number("initial_weight", initial_weight, 0.0, torch.finfo(torch.float32).max), False
+
+
 def _check_losses(**losses: Tensor) -> None:
     for name, loss in losses.items():
         check_tensor(name, loss, "floating")
@@ -98,11 +107,7 @@ class SelfBalance(nn.Module):
     def __init__(self, period: Period, *, initial_weight: InitialWeight = INITIAL_WEIGHT) -> None:
         super().__init__()
         self.period = period
-        automatic = initial_weight == "auto"
-        if isinstance(initial_weight, str) and not automatic:
-            raise ValueError(f"initial_weight must be a number or 'auto', got {initial_weight!r}")
-        most = torch.finfo(torch.float32).max
-        weight = 1.0 if automatic else check_number("initial_weight", initial_weight, 0.0, most)
+        weight, automatic = check_initial_weight(initial_weight)
         self.register_buffer("weight", torch.tensor(weight, dtype=torch.float32))
         self.register_buffer("steps", torch.tensor(_AUTOMATIC if automatic else 0))
         self.register_buffer("classification_sum", torch.tensor(0.0, dtype=torch.float32))

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..balance import INITIAL_WEIGHT, InitialWeight, Period, SelfBalance, balance_by_value, check_period
+from ..balance import (
+    INITIAL_WEIGHT,
+    InitialWeight,
+    Period,
+    SelfBalance,
+    balance_by_value,
+    check_initial_weight,
+    check_period,
+)
 from ..boxes import TAU, giou_localisation_error
 from ..checks import check_number, check_tensor
 from ..dispatch import Backend
@@ -120,6 +128,7 @@ class HeadLoss(nn.Module):
             )
         if box_weight is not None:
             box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
+        check_initial_weight(initial_weight)
         check_gradient_reduction(gradient_reduction)
         self.loss: Loss = loss
         self.tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
