@@ -1,7 +1,7 @@
 """Self-balancing of the classification and the box part of a loss."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ Period = int | Literal["later"]
 
 def check_period(period: object) -> Period:
     """The period. TypeError or ValueError unless it is ``"later"``, or an int from 1 on."""
-    if period == "later":
+    if isinstance(period, str) and period == "later":
         return "later"
-    return check_integer("period", period, 1, 2**31, such_as="an epoch in your steps, len(loader)")
+    return check_integer("period", period, 1, 2**31, such_as="an epoch in your steps, len(loader), or 'later'")
 
 
 def check_initial_weight(initial_weight: object) -> tuple[float, bool]:
@@ -120,6 +120,11 @@ class SelfBalance(nn.Module):
     @period.setter
     def period(self, period: Period) -> None:
         self._period: Period = check_period(period)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "period" in state:  # pickled by version 0.5, or before
+            state["_period"] = state.pop("period")
+        super().__setstate__(state)
 
     def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
         """Record both raw losses (0-d); return the weighted localisation loss, differentiable in ``localisation``."""

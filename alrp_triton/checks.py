@@ -20,7 +20,10 @@ INTEGER_DTYPES = (
 )  # fmt: skip
 TARGET_DTYPES = (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES)
 
-_FROM_ONE = "; labels from 1 to {0}, with 0 for background, are torch.where(labels > 0, labels - 1, {0}) here"
+_FROM_ONE = (
+    "; labels from 1 to {0}, with 0 for background, are torch.where(labels > 0, labels - 1, torch.where(labels == 0, "
+    "{0}, labels)) here, without background="
+)
 
 # Between these, delta and 1/(2 delta) are normal float32 numbers.
 _DELTA_MIN, _DELTA_MAX = 2.0**-126, 2.0**125
@@ -35,8 +38,8 @@ def check_tensor(name: str, value: object, kind: Literal["floating", "bool", "ta
     """Raise TypeError unless ``value`` is a dense tensor whose dtype is of the kind asked for."""
     if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
         raise TypeError(
-            f"{name} must be one torch.Tensor of all levels and images, which are one ranking, got a "
-            f"{type(value).__name__} of {len(value)}: concatenate them, as by torch.cat(levels, 1) for (B, A, ...) each"
+            f"{name} must be one torch.Tensor, of all levels and images, which are one ranking; got a "
+            f"{type(value).__name__} of {len(value)}: concatenate them, as by torch.cat(levels, 1) for (B, A, C)"
         )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -181,8 +184,8 @@ def check_marks(
             for value, n in zip(values.tolist(), counts.tolist(), strict=True)
             if value not in known and not (graded and 0 < value <= MOST_GRADE)
         ]
-        # The classes of a head count from 0, those of COCO's files, and of torchvision's targets, from 1.
-        from_one = num_classes is not None and any(value == num_classes for value, _ in seen)
+        # The classes of a head count from 0, those of COCO's files, and of some of torchvision's targets, from 1.
+        from_one = background == 0 and any(value == num_classes for value, _ in seen)
         return ValueError(
             f"{meaning}, got {[value for value, _ in seen[:5]]} among {sum(n for _, n in seen)} values that are none "
             f"of these{_FROM_ONE.format(num_classes) if from_one else ''}"

@@ -116,7 +116,7 @@ def tells_the_others(loss: Callable[_P, _R]) -> Callable[_P, _R]:
             return loss(*arguments, **settings)
         except ProcessesDisagreeError:  # all know
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, Warning) as error:
             tensors = (value for value in (*arguments, *settings.values()) if isinstance(value, Tensor))
             device = next((tensor.device for tensor in tensors), torch.device("cpu"))  # that of the logits, mostly
             _tell(settings.get("process_group"), f"{type(error).__name__}: {error}", device)

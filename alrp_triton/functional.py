@@ -152,8 +152,8 @@ def alrp_loss(
         delta: half-width of the step, the loss' one hyperparameter; 0 (a hard step) or in [2**-126, 2**125].
         eps: a positive with FP_i <= eps is at its place already and causes no gradient.
         background: the class index that stands for background; default C. Of one in [0, C), that column of the logits
-            is never positive, so where labels count from 1 and the head has no column for background, shift the labels:
-            ``torch.where(labels > 0, labels - 1, C)``.
+            is never positive. Where labels count from 1, with 0 for background, and the head has no column for it,
+            shift them instead: 0 becomes C, and what is above 0 one less.
         ignore_index: the class index that stands for an ignored anchor.
         groups: what is ranked apart, such as images: an integer for each entry along the first dimensions of
             ``logits``, ``logits.shape[:k]``, ``torch.arange(B)`` for logits ``(B, A, C)``. Only logits of equal group

@@ -114,7 +114,7 @@ def deterministic() -> Generator[None]:
 def no_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     """They come once a process, and so in one test or another; tests/test_hints.py asks for them."""
     monkeypatch.setattr(hints, "_to_look", False)
-    monkeypatch.setattr(hints, "_to_watch", False)
+    monkeypatch.setattr(hints, "_to_watch", 0)
 
 
 @pytest.fixture(autouse=True)

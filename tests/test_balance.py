@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def test_a_period_told_later() -> None:
         assert balance.period == 2
         with pytest.raises(error, match="period must be"):
             SelfBalance(wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_modules_that_an_older_version_pickled() -> None:
+    """Then the period was an attribute."""
+    balance = SelfBalance(2)
+    state = dict(vars(balance))
+    state["period"] = state.pop("_period")
+    old = SelfBalance.__new__(SelfBalance)
+    old.__setstate__(state)
+    assert old.period == 2
+    assert step(old, 0.9, 0.5) == 25
+    assert pickle.loads(pickle.dumps(old)).period == 2
 
 
 def test_gradient_reaches_only_the_localisation() -> None:

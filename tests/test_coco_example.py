@@ -1,11 +1,12 @@
 """The trainer: data in COCO format, batches by step, a resumed run, several processes, evaluation, errors."""
 
+# pyright: reportPrivateUsage=false
 import csv
 import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -407,6 +408,40 @@ def test_command_line(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other[3] = str(tmp_path / "third")
     assert cli(monkeypatch, "train", *other, "--init", str(tmp_path / "weights.pt")) == 2
     assert "none of the initial weights" in capsys.readouterr().err
+
+
+def test_the_deviations_of_boxes_are_those_of_the_weights(scenes: Path, tmp_path: Path) -> None:
+    """The papers' from the beginning; weights that were trained with others keep theirs."""
+    data = CocoDetection(find_split(scenes, "train"))
+    own = Run(SMALL, data, CPU).model.state_dict()
+    backbone = {name.removeprefix("backbone."): value for name, value in own.items() if name.startswith("backbone.")}
+    files = {
+        "detector": own,
+        "backbone": backbone,
+        "old": {"model": own, "settings": {}},
+        "new": {"model": own, "settings": {"box_coder": "published"}},
+    }
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+
+    def chosen(*words: str) -> tuple[str, float | str]:
+        options = command_line._parser().parse_args(["train", "--data", str(scenes), "--out", str(tmp_path), *words])
+        settings = command_line._settings(options, data)
+        return settings.box_coder, settings.initial_weight
+
+    assert chosen("--batch", "4") == ("published", 50)
+    assert chosen("--batch", "4", "--initial-weight", "auto") == ("published", "auto")
+    assert chosen("--batch", "4", "--loss", "torchvision")[0] == "model"
+    assert chosen("--batch", "4", "--detector", "fcos_resnet50")[0] == "model"
+    found = {name: chosen("--batch", "4", "--init", str(tmp_path / name))[0] for name in files}
+    assert found == {"detector": "model", "backbone": "published", "old": "model", "new": "published"}
+    assert chosen("--batch", "4", "--init", str(tmp_path / "old"), "--box-coder", "published")[0] == "published"
+    with pytest.raises(ValueError, match="--box-coder published is not for --detector fcos_resnet50"):
+        chosen("--batch", "4", "--detector", "fcos_resnet50", "--box-coder", "published")
+    before = {name: value for name, value in asdict(SMALL).items() if name != "box_coder"}
+    options = command_line._parser().parse_args(["train", "--data", "x", "--out", "y", "--box-coder", "published"])
+    with pytest.raises(ValueError, match=r"box_coder model \(now published\)"):
+        command_line._resumed(options, {"box_coder"}, before, 4)
 
 
 def test_errors_of_options(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

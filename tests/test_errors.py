@@ -110,10 +110,10 @@ OF_ALRP: list[Misuse] = [
     (GOOD, {"process_group": "world"}, ValueError, "process_group='world' needs torch.distributed.init_process_group"),
     (GOOD, {"process_group": dist.GroupMember.NON_GROUP_MEMBER}, ValueError, "process_group must be one that this process is a member of"),
     (GOOD, {"gradient_reduction": "none"}, ValueError, "gradient_reduction must be 'mean' or 'sum', got 'none'"),
-    (GOOD, {"logits": [torch.zeros(4), torch.zeros(2)]}, TypeError, r"logits must be one torch.Tensor of all levels and images, .* got a list of 2: concatenate them"),
-    (GOOD, {"targets": (torch.zeros(4), torch.zeros(2))}, TypeError, "targets must be one torch.Tensor of all levels .* got a tuple of 2: concatenate"),
+    (GOOD, {"logits": [torch.zeros(4), torch.zeros(2)]}, TypeError, r"logits must be one torch.Tensor, of all levels and images, .* got a list of 2: concatenate them"),
+    (GOOD, {"targets": (torch.zeros(4), torch.zeros(2))}, TypeError, "targets must be one torch.Tensor, of all levels .* got a tuple of 2: concatenate"),
     (GOOD, {"reduction": "sum"}, TypeError, "a ranking has no reduction, got reduction='sum': each loss is the mean over its positives"),
-    (CLASSES, {"background": 0, "targets": torch.tensor([0, 3, -1, 2])}, ValueError, r"got \[3\] among 1 .*; labels from 1 to 3, with 0 for background, are torch.where\(labels > 0, labels - 1, 3\) here"),
+    (CLASSES, {"background": 0, "targets": torch.tensor([0, 3, -1, 2])}, ValueError, r"got \[3\] among 1 .*; labels from 1 to 3, with 0 for background, are torch.where\(labels > 0, labels - 1, .* here, without background="),
     (GOOD, {"gradient_reduction": None}, ValueError, "gradient_reduction must be 'mean' or 'sum', got None"),
 ]  # fmt: skip
 OF_FAMILY: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], type[Exception], str]] = [

@@ -1,5 +1,6 @@
 """Warnings of what is nearly certainly a mistake: when they come, and that they come once."""
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from alrp_triton import ALRPLoss, alrp_loss, ap_loss, hints, rank_sort_loss
 
@@ -32,7 +35,7 @@ def step(call: Call, size: int, make: Callable[[int], Tensor] = torch.randn, gra
 def test_probabilities(call: Call) -> None:
     with pytest.warns(UserWarning, match=r"logits are all between 0\.2\d+ and 0\.7\d+, as probabilities are") as seen:
         step(call, 2000, probabilities)
-    assert seen[0].filename == __file__ or call is CALLS["module"]
+    assert seen[0].filename == __file__
     step(call, 2000, probabilities)  # once
 
 
@@ -69,19 +72,46 @@ def test_few_logits_may_be_anything() -> None:
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_levels(call: Call, sizes: tuple[int, ...]) -> None:
     """RetinaNet's on an image of 800 x 1216, with one anchor, a level at a time; once, in whatever order."""
-    with pytest.warns(UserWarning, match=r"3 calls in a row had \d+, \d+, \d+ logits, as the levels of") as seen:
-        [step(call, size) for size in 2 * sizes]
+    with pytest.warns(
+        UserWarning, match=r"was called with \d+, \d+, \d+.* logits, 3 times in a row, as the levels of"
+    ) as seen:
+        [step(call, size) for size in 6 * sizes]
     assert len(seen) == 1
+    assert seen[0].filename == __file__
 
 
-@pytest.mark.parametrize("sizes", [(1600, 400), (1600, 400, 400, 100), (900, 300, 100), (1600, 400, 1600, 400), (1600, 0, 0), (0, 0, 0)])  # fmt: skip
+@pytest.mark.parametrize("sizes", [(1600, 400), (1600, 400, 400, 100), (900, 300, 100), (1600, 400, 1600, 400), (1600, 0, 0), (0, 0, 0), (1600, 400, 100, 50)])  # fmt: skip
 def test_other_sizes(sizes: tuple[int, ...]) -> None:
-    for size in sizes:
+    for size in 3 * sizes:
         step(ap_loss, size)
 
 
+def test_images_of_many_scales() -> None:
+    """At random, each four times as many logits as the next: levels come back in one order, these do not."""
+    rng = random.Random(0)
+    for _ in range(300):
+        step(ap_loss, rng.choice([1600, 400, 100]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_where_there_are_no_values() -> None:
+    """Graphs that are made of the loss, and the first look is still to come."""
+    logits, targets = torch.randn(2000), (torch.arange(2000) % 100 == 0).long()
+
+    def loss(x: Tensor) -> Tensor:
+        return ap_loss(x, targets, num_positives=20)
+
+    graph = make_fx(loss)(logits)
+    assert torch.equal(graph(logits), ap_loss(logits, targets))
+    hints.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ap_loss(logits, targets, num_positives=20).shape == ()
+    with pytest.warns(UserWarning, match="as probabilities are"):
+        step(ap_loss, 2000, probabilities)
+
+
 def test_what_is_not_trained_is_not_watched() -> None:
-    for size in (1600, 400, 100):
+    for size in 6 * (1600, 400, 100):
         step(ap_loss, size, gradient=False)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import ItemsView, ValuesView
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -153,10 +153,15 @@ class HeadLoss(nn.Module):
         return None if self.balance is None else self.balance.period
 
     @period.setter
-    def period(self, period: Period) -> None:
-        period = check_period(period)
+    def period(self, period: Period | None) -> None:
+        if period is not None:
+            check_period(period)
         if self.balance is not None:
-            self.balance.period = period
+            self.balance.period = check_period(period)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.setdefault("box_error", torch.tensor(math.nan))  # pickled by version 0.5
+        super().__setstate__(state)
 
     def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:
         """The losses of all anchors of a batch: all images, all levels, for they are one ranking.

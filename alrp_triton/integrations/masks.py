@@ -45,7 +45,8 @@ def dice_error(mask_logits: Tensor, targets: Tensor) -> Tensor:
     outside = (true < 0) | (true > 1 + _ROUNDING)  # NaN is let through, and shows in the loss
 
     def error() -> ValueError:
-        return ValueError(f"targets of masks must be in 0..1, got {true[outside].unique()[:5].tolist()}")
+        seen = true[outside].unique()[:5].tolist()
+        return ValueError(f"targets of masks must be in 0..1, got {seen}; masks of 0 and 255 have to be divided by 255")
 
     check_values(~outside.any(), error, "targets of masks must be in 0..1")
     overlap, squares = (predicted * true).sum((1, 2)), (predicted.square() + true.square()).sum((1, 2))

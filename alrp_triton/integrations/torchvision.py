@@ -29,6 +29,7 @@ from .torchvision_masks import MaskRoIHeads
 
 try:
     from torchvision.models.detection import FCOS, RetinaNet
+    from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 except ImportError as missing:
     raise ImportError("this integration needs torchvision, in the version that fits your torch") from missing
@@ -73,9 +74,10 @@ def use_ranking_loss(
       and leave theirs as they are, as keypoints are left.
 
     Put it in when the model has its heads, and before ``DistributedDataParallel`` and ``torch.compile`` are put around
-    it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it; FCOS and the box head
-    of Faster R-CNN need it, for their scores are other ones. A ranking fixes the order of scores and not their level:
-    ``model.score_thresh`` (``model.roi_heads.score_thresh``) may want to be lower.
+    it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it, unless ``box_coder``
+    is ``"published"``; FCOS and the box head of Faster R-CNN need it, for their scores are other ones. A ranking fixes
+    the order of scores and not their level: ``model.score_thresh`` (``model.roi_heads.score_thresh``) may want to be
+    lower.
 
     Args:
         model: ``RetinaNet``, ``FCOS``, ``FasterRCNN`` or another ``GeneralizedRCNN`` with torchvision's parts.
@@ -89,7 +91,8 @@ def use_ranking_loss(
         box_coder: which deviations boxes are encoded with, and decoded: ``"model"``, those that it has, or
             ``"published"``, .1 .1 .2 .2 as in all configurations of the three losses, where torchvision's RetinaNet and
             RPN have 1. It scales what the head has to predict, so a detector that was trained with others has to be
-            trained again. FCOS has none.
+            trained again, and one that was trained with these detects with them alone: call this with
+            ``"published"`` there, too, for a ``state_dict`` does not hold them. FCOS has none.
         box_loss: see :class:`HeadLoss`.
         box_weight: see :class:`HeadLoss`; of both heads of a Faster R-CNN.
         delta: see :class:`HeadLoss`.
@@ -151,6 +154,9 @@ def use_ranking_loss(
         coders = [model.rpn.box_coder, model.roi_heads.box_coder]
     else:
         raise TypeError(f"model must be a RetinaNet, FCOS or FasterRCNN of torchvision, got {type(model).__name__}")
+    if box_coder == "published" and not all(isinstance(coder, BoxCoder) for coder in coders):
+        seen = [type(coder).__name__ for coder in coders]
+        raise ValueError(f"box_coder 'published' is for models with torchvision's BoxCoder, got {seen}")
     remove_ranking_loss(model)
     if box_coder == "published":
         heads[0].coders = coders

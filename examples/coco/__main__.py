@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,6 +46,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _weight(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.coco", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--box-loss", choices=["giou", "smooth_l1", "l1"], help="other than the paper's; l1: with --loss torchvision")
     add("--box-weight", type=float, help="a constant in place of the balance of the loss' paper")
+    add(
+        "--box-coder",
+        choices=["published", "model"],
+        help="deviations of the box deltas: the papers' or torchvision's; without it the papers' with a ranking loss, "
+        "or those that the detector of --init has",
+    )
+    add(
+        "--initial-weight",
+        type=_weight,
+        default=50.0,
+        help="of aLRP's box loss, until its balance is known; auto to fine-tune",
+    )
     add("--assignment", choices=["iou", "atss"], default="iou", help="of RetinaNet's anchors")
     add("--size", type=_count, default=500, help="shorter side of the images")
     add("--batch", type=_count, default=32, help="images a step, of all processes together")
@@ -117,6 +134,7 @@ def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any
     """The settings of the checkpoint; what the command line says beside them has to be the same."""
     if "init" in given:
         raise ValueError("--init and --resume are two beginnings: give one")
+    before = asdict(Settings(**before))  # with the settings that an older one lacks
     now = vars(options) | {"flip": not options.no_flip}
     if "epochs" in given:
         now["steps"] = options.epochs * (images // before["batch"])
@@ -145,15 +163,34 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
         lr = published[options.loss] * options.batch / 32
     freeze_norm = options.init is not None if options.freeze_norm is None else options.freeze_norm
     same = ("detector", "loss", "box_loss", "box_weight", "assignment", "size", "batch", "optimizer", "warm_up",
-            "schedule", "period", "amp", "seed")  # fmt: skip
+            "schedule", "period", "amp", "seed", "initial_weight")  # fmt: skip
     return Settings(
         **{name: getattr(options, name) for name in same},
         steps=steps,
         lr=lr,
         flip=not options.no_flip,
         freeze_norm=freeze_norm,
-        box_coder="model" if options.loss == "torchvision" or options.detector.startswith("fcos") else "published",
+        box_coder=_box_coder(options),
     )
+
+
+def _box_coder(options: argparse.Namespace) -> str:
+    """As asked for; else the papers', but where weights to begin with were trained with others."""
+    has_none = options.loss == "torchvision" or options.detector.startswith("fcos")
+    if options.box_coder is not None:
+        if has_none and options.box_coder == "published":
+            raise ValueError(f"--box-coder published is not for --detector {options.detector} --loss {options.loss}")
+        return options.box_coder
+    if has_none:
+        return "model"
+    if options.init is not None:
+        state = _load(options.init)
+        if {"model", "settings"} <= set(state):
+            return state["settings"].get("box_coder", "model")
+        if any(name.startswith(("head.regression_head.", "rpn.head.")) for name in state):
+            _note(f"boxes have the deviations of torchvision, as {options.init} will: --box-coder published has others")
+            return "model"
+    return "published"
 
 
 def _load(file: Path) -> dict[str, Any]:

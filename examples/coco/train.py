@@ -58,6 +58,7 @@ class Settings:
         freeze_norm: BatchNorm normalises by the statistics that it has at the start, and does not change them.
         seed: of weights and batches.
         box_coder: of the ranking losses, ``published`` or ``model``, as checkpoints of before have it.
+        initial_weight: of aLRP's box loss until the first period ends, or ``auto``.
     """
 
     detector: str
@@ -78,6 +79,7 @@ class Settings:
     freeze_norm: bool
     seed: int
     box_coder: str = "model"
+    initial_weight: float | str = 50.0
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -138,6 +140,7 @@ class Run:
                 period=settings.period or max(len(self.data) // settings.batch, 1),
                 assignment=settings.assignment,  # pyright: ignore[reportArgumentType]
                 box_coder=settings.box_coder,  # pyright: ignore[reportArgumentType]
+                initial_weight=settings.initial_weight,  # pyright: ignore[reportArgumentType]
                 box_loss=settings.box_loss,  # pyright: ignore[reportArgumentType]
                 box_weight=settings.box_weight,
                 process_group="world" if self.processes > 1 else None,
