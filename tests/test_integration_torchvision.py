@@ -298,7 +298,9 @@ def test_the_period_may_be_told_later() -> None:
     for _ in range(2):
         model(*batch())
     assert all(part.balance is not None and part.balance.weight != 50 for part in parts.values())
-    with pytest.raises(TypeError, match=r"period must be an int, an epoch in your steps, len\(loader\), got float"):
+    with pytest.raises(
+        TypeError, match=r"period must be an int, an epoch in your steps, len\(loader\), or 'later', got float"
+    ):
         parts.set_period(100 / 8)  # pyright: ignore[reportArgumentType]
     _, parts = make("faster_rcnn", "rank_sort", period=None)
     parts.set_period(2)
