@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from .checks import check_integer, check_number, check_tensor
 
+Period = int | Literal["later"]
 InitialWeight = float | Literal["auto"]
 INITIAL_WEIGHT = 50.0  # published
 _AUTOMATIC = -(2**40)  # from here on steps are counted in the first period of an automatic weight
-
-
-Period = int | Literal["later"]
 
 
 def check_period(period: object) -> Period:

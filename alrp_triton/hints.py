@@ -31,9 +31,9 @@ def hint(logits: Tensor) -> None:
 
     Sizes are those of logits that require a gradient. Nothing is looked at where a graph is made, of whatever kind.
     """
-    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not (_to_look or _to_watch):
         return
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if type(logits) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return
     if _to_look and logits.device.type == "cpu" and logits.numel() >= _ENOUGH:
         _look(logits.detach())
@@ -59,9 +59,10 @@ def _watch(size: int) -> None:
     global _to_watch
     _to_watch -= 1
     _sizes.append(size)
+    sizes = list(_sizes)
     for levels in _LEVELS:
-        steps = [list(_sizes)[-levels * (k + 1) : len(_sizes) - levels * k] for k in range(_STEPS)]
-        if len(_sizes) >= _STEPS * levels and (all(map(_falls, steps)) or all(_falls(step[::-1]) for step in steps)):
+        steps = [sizes[-levels * (k + 1) : len(sizes) - levels * k] for k in range(_STEPS)]
+        if len(sizes) >= _STEPS * levels and (all(map(_falls, steps)) or all(_falls(step[::-1]) for step in steps)):
             _to_watch = 0
             _warn(
                 f"the loss was called with {', '.join(map(str, steps[0]))} logits, {_STEPS} times in a row, as the "

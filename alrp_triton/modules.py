@@ -141,7 +141,7 @@ class RankSortLoss(_RankingLoss):
         criterion = RankSortLoss()
         ...
         out = criterion(logits, targets, ious)
-        loss = out.ranking + out.sorting
+        loss = out.total
         loss = loss + balance_by_value(loss, box_loss)
     """
 

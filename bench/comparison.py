@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from examples.coco.data import CocoDetection, find_split
 from examples.coco.evaluate import Detections, as_results, detect, evaluate
-from examples.coco.train import Run, Settings
+from examples.coco.train import Run, Settings, box_coder_of
 from examples.digits import write
 
 from .probes import LossClock, Probe
@@ -70,7 +70,7 @@ def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
     return Settings(
         detector="retinanet_small", assignment="iou", size=128, batch=BATCH, steps=steps, optimizer="adamw", lr=lr,
         warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", freeze_norm=False, seed=seed,
-        box_coder="model" if contender.loss == "torchvision" else "published",
+        box_coder=box_coder_of("retinanet_small", contender.loss),
         **contender._asdict(),
     )  # fmt: skip
 

@@ -359,7 +359,19 @@ def metric(rank: int, world: int) -> None:
         assert len(metric.detection_boxes) == sum(len(preds[part]) for part in mine)
 
 
-IMPORTS = {"train": "torch._dynamo", "heads": "alrp_triton.integrations.head_loss", "metric": "tests.detections"}
+def box_head(rank: int, world: int) -> None:
+    """MMDetection's second stage."""
+    from tests.test_integration_mmdet_stages import in_a_group
+
+    in_a_group(rank)
+
+
+IMPORTS = {
+    "train": "torch._dynamo",
+    "heads": "alrp_triton.integrations.head_loss",
+    "metric": "tests.detections",
+    "box_head": "tests.test_integration_mmdet_stages",
+}
 """What a job would import in each process."""
 
 

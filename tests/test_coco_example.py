@@ -426,7 +426,8 @@ def test_the_deviations_of_boxes_are_those_of_the_weights(scenes: Path, tmp_path
 
     def chosen(*words: str) -> tuple[str, float | str]:
         options = command_line._parser().parse_args(["train", "--data", str(scenes), "--out", str(tmp_path), *words])
-        settings = command_line._settings(options, data)
+        begin = command_line._load(options.init) if options.init else None
+        settings = command_line._settings(options, data, begin)
         return settings.box_coder, settings.initial_weight
 
     assert chosen("--batch", "4") == ("published", 50)

@@ -1,7 +1,6 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportIncompatibleMethodOverride=false
 """Box heads of two-stage detectors in MMDetection: real heads of mmdet, against the oracle, proposal by proposal."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.process_group import process_group
 from tests.compare import assert_near
 from tests.mmdet_proposals import (
     ALL,
@@ -27,7 +25,7 @@ from tests.mmdet_proposals import (
     train_cfg,
     truth,
 )
-from tests.processes import run_together
+from tests.processes import run_ranks
 
 # mmdet asks for operators at import.
 # isort: split
@@ -196,23 +194,17 @@ def of_process(images: list[int], together: bool) -> list[Tensor]:
 
 def test_one_ranking_over_two_processes(tmp_path: Path) -> None:
     """The second has an image without objects; equal to one process with all of them."""
-    script = "tests.test_integration_mmdet_stages"
-    for process in run_together(*(["-m", script, str(tmp_path / "store"), str(rank)] for rank in range(2))):
+    for process in run_ranks(["box_head"], 2, tmp_path / "store"):
         assert process.returncode == 0, process.stderr
-        assert "equal" in process.stdout
+        assert "done: box_head\n" in process.stdout
 
 
-def in_a_group(store: str, rank: int) -> None:
+def in_a_group(rank: int) -> None:
+    """What each of the two does, see tests/ranks.py."""
     mine = [[0, 2], [1]][rank]
-    with process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2):
-        joint, shares = of_process([0, 2, 1], False), of_process(mine, True)
+    joint, shares = of_process([0, 2, 1], False), of_process(mine, True)
     for which, (whole, share) in enumerate(zip(joint, shares, strict=True)):
         if which % 4 < 2:
             assert_near(share, whole, 1e-6)
         else:
             assert_near(share, whole[: len(share)] if rank == 0 else whole[-len(share) :], 1e-5)
-    print("equal")
-
-
-if __name__ == "__main__":
-    in_a_group(sys.argv[1], int(sys.argv[2]))

@@ -235,7 +235,7 @@ def trainer() -> dict[str, Callable[[], str]]:
 
     options = command._parser().parse_args(["train", "--data", "x", "--out", "y"])
     data: Any = [None] * 320
-    settings = command._settings(options, data)
+    settings = command._settings(options, data, None)
     run: Any = SimpleNamespace(settings=settings, model=torch.nn.Linear(2, 2), step=0)
     make: Callable[[Any], torch.optim.Optimizer] = Run._make_optimizer
     rate: Callable[[Any], float] = cast("Any", Run.lr).fget

@@ -154,10 +154,10 @@ class HeadLoss(nn.Module):
 
     @period.setter
     def period(self, period: Period | None) -> None:
-        if period is not None:
-            check_period(period)
         if self.balance is not None:
             self.balance.period = check_period(period)
+        elif period is not None:
+            check_period(period)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("box_error", torch.tensor(math.nan))  # pickled by version 0.5
@@ -191,7 +191,7 @@ class HeadLoss(nn.Module):
         ious = paired_iou(boxes.predicted.detach(), boxes.target)
         ranked = self.criterion(logits, targets, ious)
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
-        return self._weighted(ranked.ranking + ranked.sorting, self._mean(errors, scores))
+        return self._weighted(ranked.total, self._mean(errors, scores))
 
     def mask_loss(self, mask_logits: Tensor, mask_targets: Tensor, scores: Tensor, classification: Tensor) -> Tensor:
         """The loss of a mask branch beside Rank & Sort Loss: dice, its mean weighted by scores, balanced by value.

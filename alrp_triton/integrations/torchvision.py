@@ -121,8 +121,6 @@ def use_ranking_loss(
         raise ValueError(f"candidates are those of assignment 'atss'; got candidates={candidates} with {assignment!r}")
     if box_coder not in get_args(BoxCoding):
         raise ValueError(f"box_coder must be 'model' or 'published', got {box_coder!r}")
-    if box_coder == "published" and isinstance(model, FCOS):
-        raise ValueError("box_coder 'published' is for models with deviations of deltas; FCOS predicts distances")
     candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
     dice = _trains_dice(model, loss, mask_loss)
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
@@ -144,7 +142,7 @@ def use_ranking_loss(
     heads: list[Head]
     coders: list[Any]
     if isinstance(model, FCOS):
-        heads, coders = [FCOSHead("head", model.head, head_loss(TAU))], []
+        heads, coders = [FCOSHead("head", model.head, head_loss(TAU))], [model.head.box_coder]
     elif isinstance(model, RetinaNet):
         heads = [RetinaNetHead("head", model.head, head_loss(TAU), candidates if assignment == "atss" else 0)]
         coders = [model.head.regression_head.box_coder, model.box_coder]
@@ -156,7 +154,10 @@ def use_ranking_loss(
         raise TypeError(f"model must be a RetinaNet, FCOS or FasterRCNN of torchvision, got {type(model).__name__}")
     if box_coder == "published" and not all(isinstance(coder, BoxCoder) for coder in coders):
         seen = [type(coder).__name__ for coder in coders]
-        raise ValueError(f"box_coder 'published' is for models with torchvision's BoxCoder, got {seen}")
+        raise ValueError(
+            f"box_coder 'published' is for models with deviations of deltas, which BoxCoder has; "
+            f"{type(model).__name__} has {', '.join(seen)}"
+        )
     remove_ranking_loss(model)
     if box_coder == "published":
         heads[0].coders = coders

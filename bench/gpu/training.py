@@ -34,7 +34,7 @@ def units(shard: str, context: Context) -> list[Unit]:
 
 
 def _settings(name: str, context: Context) -> Any:
-    from examples.coco.train import Settings  # needs torchvision, and what the demo's data needs
+    from examples.coco.train import Settings, box_coder_of  # needs torchvision, and what the demo's data needs
 
     loss, box_loss = LOSSES[name]
     return Settings(
@@ -42,7 +42,7 @@ def _settings(name: str, context: Context) -> Any:
         size=64 if context.rehearse else _SIZE,
         batch=2 if context.rehearse else _BATCH, steps=_STEPS, optimizer="adamw", lr=3e-3, warm_up=50,
         schedule="cosine", period=50, flip=False, amp="bf16", freeze_norm=False, seed=0,
-        box_coder="model" if loss == "torchvision" else "published",
+        box_coder=box_coder_of("retinanet_small", loss),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from .data import CocoDetection, StepSampler, find_split, rank_and_processes
 from .detectors import DETECTORS
 from .evaluate import Detections, as_results, detect, evaluate
 from .figures import save_detections, save_losses
-from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, check_same, train
+from .train import CHECKPOINT, LEARNING_RATES, STEPS_CSV, Run, Settings, box_coder_of, check_same, train
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -144,7 +144,7 @@ def _resumed(options: argparse.Namespace, given: set[str], before: dict[str, Any
     return Settings(**before)
 
 
-def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
+def _settings(options: argparse.Namespace, data: CocoDetection, begin: dict[str, Any] | None) -> Settings:
     if options.loss != "torchvision" and options.box_loss == "l1":
         raise ValueError(f"--box-loss l1 is of --loss torchvision; --loss {options.loss} takes giou or smooth_l1")
     if options.loss == "torchvision" and options.assignment != "iou":
@@ -170,27 +170,24 @@ def _settings(options: argparse.Namespace, data: CocoDetection) -> Settings:
         lr=lr,
         flip=not options.no_flip,
         freeze_norm=freeze_norm,
-        box_coder=_box_coder(options),
+        box_coder=_box_coder(options, begin),
     )
 
 
-def _box_coder(options: argparse.Namespace) -> str:
-    """As asked for; else the papers', but where weights to begin with were trained with others."""
-    has_none = options.loss == "torchvision" or options.detector.startswith("fcos")
+def _box_coder(options: argparse.Namespace, begin: dict[str, Any] | None) -> str:
+    """As asked for; else the papers', but where the weights to begin with were trained with others."""
+    usual = box_coder_of(options.detector, options.loss)
+    if options.box_coder == "published" and usual == "model":
+        raise ValueError(f"--box-coder published is not for --detector {options.detector} --loss {options.loss}")
     if options.box_coder is not None:
-        if has_none and options.box_coder == "published":
-            raise ValueError(f"--box-coder published is not for --detector {options.detector} --loss {options.loss}")
         return options.box_coder
-    if has_none:
-        return "model"
-    if options.init is not None:
-        state = _load(options.init)
-        if {"model", "settings"} <= set(state):
-            return state["settings"].get("box_coder", "model")
-        if any(name.startswith(("head.regression_head.", "rpn.head.")) for name in state):
-            _note(f"boxes have the deviations of torchvision, as {options.init} will: --box-coder published has others")
+    if usual == "published" and begin is not None:
+        if _is_checkpoint(begin):
+            return begin["settings"].get("box_coder", "model")
+        if any(name.startswith(("head.regression_head.", "rpn.head.")) for name in begin):
+            _note(f"boxes have torchvision's deviations, as in {options.init}; --box-coder published: the papers'")
             return "model"
-    return "published"
+    return usual
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -202,10 +199,9 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} holds no weights: {error}") from error
 
 
-def _weights(file: Path) -> dict[str, Any]:
-    """Of a file that holds a state_dict, or of a checkpoint of another run."""
-    state = _load(file)
-    return state["model"] if {"model", "settings"} <= set(state) else state
+def _is_checkpoint(state: dict[str, Any]) -> bool:
+    """Of another run; else a state_dict."""
+    return {"model", "settings"} <= set(state)
 
 
 def _note(text: str) -> None:
@@ -252,12 +248,14 @@ def _train(options: argparse.Namespace, device: torch.device, held_out: CocoDete
         wrong = "there is none to --resume" if options.resume else "--resume it, or take another --out"
         raise ValueError(f"checkpoint {checkpoint}: {wrong}")
     state = _load(checkpoint) if options.resume else None
+    begin = None
     if state:
         settings = _resumed(options, _given(sys.argv[1:]), state["settings"], len(data))
     else:
-        settings = _settings(options, data)
+        begin = _load(options.init) if options.init else None
+        settings = _settings(options, data, begin)
     data.flip, data.seed = settings.flip, settings.seed
-    run = Run(settings, data, device, _weights(options.init) if options.init else None)
+    run = Run(settings, data, device, begin["model"] if begin and _is_checkpoint(begin) else begin)
     if run.rank == 0:
         print(f"{len(data)} images, {data.boxes} boxes, {len(data.categories)} categories to train on")
         if data.odd > data.boxes / 2:

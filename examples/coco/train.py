@@ -82,6 +82,11 @@ class Settings:
     initial_weight: float | str = 50.0
 
 
+def box_coder_of(detector: str, loss: str) -> str:
+    """The papers' deviations of the box deltas with a ranking loss, where the detector has any; else torchvision's."""
+    return "model" if loss == "torchvision" or detector.startswith("fcos") else "published"
+
+
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError unless the settings of a checkpoint, ``before``, are those that are wanted now."""
     other = [f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value]
