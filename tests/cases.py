@@ -87,6 +87,7 @@ def _finite() -> dict[str, Case]:
         "above_eps": make([0.0, -1 + 1e-4, 2.0], [1, 0, 1]),  # FP = 5e-5
         "small_fp": make([0.0, -0.3 + 0.6e-4, -0.3 + 0.6 * 3e-5], [1, 0, 0], 0.3),
         "small_fp_wide_step": make([0.0, -5 + 1e-3, -5 + 2e-3, 7.0], [1, 0, 0, 1], 5.0),
+        "at_the_lower_knot": make([0.0, -5.0, 7.0], [1, 0, 1], 5.0),  # FP = 0, and 1 / (2 delta) is no short number
         "infinite_negatives": _with(_with(base, 0, 5, np.inf), 0, 9, -np.inf),
         "ignored_nan": _with(_with(base, -1, 0, np.nan), -1, 1, np.inf),
         "huge": base._replace(logits=base.logits * np.float32(1e30)),
@@ -106,6 +107,7 @@ def _not_finite() -> dict[str, Case]:
         "nan_negative": _with(base, 0, 4, np.nan),
         "nan_negative_hard": _with(base, 0, 4, np.nan)._replace(delta=0.0),
         "nan_positive": _with(base, 1, 4, np.nan),
+        "minus_nan_positive": _with(base, 1, 4, np.copysign(np.nan, -1)),  # as a cast to bfloat16 makes of any NaN
         "inf_positive": _with(base, 1, 4, np.inf),
         "minus_inf_positive": _with(base, 1, 4, -np.inf),
         "minus_inf_positive_hard": _with(base, 1, 4, -np.inf)._replace(delta=0.0),

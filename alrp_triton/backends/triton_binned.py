@@ -234,7 +234,9 @@ def _at_low(t, row, knots_ptr, P, delta, dtype: tl.constexpr, HARD: tl.constexpr
         slope = h * 0.0
     else:
         jump = _is_jump(row, delta, dtype)
-        h = tl.where(jump, 0.0, knot - row) * (0.5 / delta) + 0.5  # what a jump would make of it may overflow
+        # Exactly 0 at the row's own lower knot. (knot - row) / (2 delta) + 1/2 leaves a rounding error there on a GPU,
+        # which fuses the two; and what a jump would make of it may overflow.
+        h = tl.where(jump, 0.5, (knot - (row - delta)) * (0.5 / delta))
         slope = tl.where(jump, 0.0, 1.0).to(tl.float64)
     return h, slope
 
