@@ -47,7 +47,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="check, then time the loss beside its baselines on a CPU; the command where none is named",
         description=f"Check, then time aLRP Loss beside its baselines, on the CPU. {RULE}",
         epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out. "
-        "Other commands, as first word: gpu, report, show FILE, diff A B, compiled.",
+        "Other commands, as first word: gpu, keep FILE, report, show FILE, diff A B, compiled.",
     )
     of = ", ".join(map(repr, GROUPS))
     run.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these, of {of}")
@@ -75,6 +75,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--rehearse", action="store_true", help="every part on the CPU, at toy sizes; its times mean nothing"
     )
     commands.add_parser("report", help="make the tables of README and docs, and the plots, from bench/results")
+    keep = commands.add_parser("keep", help="put a GPU's result file into bench/results, without what takes most space")
+    keep.add_argument("file", type=_report_file, help="JSON file of a run of bench gpu")
+    keep.add_argument("--cause", default="", metavar="TEXT", help="why checks failed, if no time is of a wrong result")
     show = commands.add_parser("show", help="print all tables of a result file")
     show.add_argument("file", type=_report_file, help="JSON file of a run")
     diff = commands.add_parser("diff", help="two runs of one device side by side: times, their ratios, what is right")
@@ -168,6 +171,17 @@ def _show(file: Path) -> int:
     return 0
 
 
+def _keep(file: Path, cause: str, folder: Path = RESULTS) -> int:
+    report = results.load(file)
+    if not results.is_gpu(report) or report["rehearsal"]:
+        print(f"{file} is no run of a GPU", file=sys.stderr)
+        return 2
+    kept = folder / file.name
+    kept.write_text(results.text_of(results.compact(report, cause)))
+    print(kept)
+    return 0
+
+
 def _diff(a: Path, b: Path) -> int:
     from .diff import diff
 
@@ -187,6 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
         return runner.main(runner.Options(options.out, options.minutes, options.rehearse, options.commit, chosen))
     if options.command == "diff":
         return _diff(options.a, options.b)
+    if options.command == "keep":
+        return _keep(options.file, options.cause)
     if options.command == "show":
         return _show(options.file)
     if options.command == "compiled":

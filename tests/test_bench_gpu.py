@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench import __main__ as command
 from bench.gpu import results, runner, tables
 from bench.gpu.processes import Job
 from bench.gpu.work import Record
@@ -118,6 +119,36 @@ def test_every_table_of_a_report(rehearsal: tuple[Record, Path, str], tmp_path: 
     modelled = [line for line in tables.render("cases", tmp_path).splitlines() if "**triton_binned**" in line]
     assert modelled[0].split("|")[-2].strip()  # beside what was measured
     assert all(part in tables.markdown(report) for part in wanted.values())
+
+
+def test_what_is_kept_of_a_report(
+    rehearsal: tuple[Record, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = as_gpu(rehearsal[0])
+    checks = [one for one in results.records(report, "correctness") if "passed" in one]
+    report["steps"]["correctness"]["records"].append(checks[0] | {"passed": False})
+    marked = [row for row in results.records(report, "times") if "device_ms" in row]
+    for row in marked:
+        row["wrong"] = True
+    name = "imaginary-h100_0123456789_20260101-000000.json"
+    file, folder = tmp_path / name, tmp_path / "kept"
+    folder.mkdir()
+    file.write_text(json.dumps(report))
+    assert command._keep(file, "it rained", folder) == 0  # pyright: ignore[reportPrivateUsage]
+    kept = results.load(folder / name)
+    assert kept["cause"] == "it rained"
+    assert not any(row.get("wrong") for row in results.records(kept, "times"))
+    assert tables.failures(kept) == tables.failures(report) != []
+    assert [one for one in results.records(kept, "correctness") if one.get("passed")] == []
+    assert sum(one["checks"] for one in results.by_kind(kept)) == len(checks) + 1
+    assert results.by_kind(kept) == results.by_kind(report)
+    assert "it rained" in tables.TABLES["run"](kept)
+    assert "checks failed" not in tables.TABLES["cases"](kept)
+    without = results.compact(report)
+    assert all(row["wrong"] for row in results.records(without, "times") if "device_ms" in row)
+    file.write_text(json.dumps(rehearsal[0]))
+    assert command._keep(file, "", folder) == 2  # pyright: ignore[reportPrivateUsage]
+    assert "is no run of a GPU" in capsys.readouterr().err
 
 
 def test_plots_of_a_report(rehearsal: tuple[Record, Path, str], tmp_path: Path) -> None:

@@ -261,11 +261,11 @@ def test_the_answer_of_nvidia_smi() -> None:
 
 NCU = """==PROF== Connected to process 77 (/usr/bin/python3.12)
 ==PROF== Profiling "count_kernel" - 0: 0%....50%....100% - 4 passes
-"ID","Process ID","Kernel Name","Grid Size","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum","launch__registers_per_thread","sm__throughput.avg.pct_of_peak_sustained_elapsed"
-"","","","","byte","Kbyte","nsecond","register/thread","%"
-"0","77","count_kernel","(30690, 1, 1)","125,706,240","1.5","412,345","48","51.25"
-"1","77","void at::native::vectorized(int, float)","(3, 1, 1)","n/a","0","1,000","16",""
-"2","77","evaluate_kernel","(30690, 1, 1)","251412480","125,706","620.5","38","12"
+"ID","Process ID","Kernel Name","Grid Size","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum","launch__registers_per_thread","sm__throughput.avg.pct_of_peak_sustained_elapsed","device__attribute_architecture"
+"","","","","byte","Kbyte","nsecond","register/thread","%",""
+"0","77","count_kernel","(30690, 1, 1)","125,706,240","1.5","412,345","48","51.25","384"
+"1","77","void at::native::vectorized(int, float)","(3, 1, 1)","n/a","0","1,000","16","","384"
+"2","77","evaluate_kernel","(30690, 1, 1)","251412480","125,706","620.5","38","12","384"
 ==PROF== Disconnected from process 77
 """
 
@@ -278,6 +278,7 @@ def test_counters_as_ncu_prints_them() -> None:
     assert first["dram__bytes_write.sum"] == 1500
     assert first[counters.TIME] == pytest.approx(412.345e-6)
     assert first["launch__registers_per_thread"] == 48
+    assert all(set(one) <= {"kernel", "grid", *counters.METRICS} for one in found)  # ncu adds some hundred attributes
     assert found[1]["dram__bytes_read.sum"] is None
     assert found[1]["sm__throughput.avg.pct_of_peak_sustained_elapsed"] is None
     assert found[2]["dram__bytes_write.sum"] == 125_706_000
@@ -404,6 +405,18 @@ def test_a_thousandth_of_a_gradient_is_missed_by_no_comparison() -> None:
             broken[active[len(active) // 2]] = 0
             for change in (broken, gradient * 1.001, gradient * torch.nan, gradient[:-1]):
                 assert not oracles.compare(right | {name: change}, wanted, torch.float32).passed
+
+
+def test_what_is_not_0_where_0_is_wanted_differs() -> None:
+    assert oracles.difference(np.array([0.0, -3e-17]), np.zeros(2)) == math.inf
+    assert oracles.difference(np.zeros(2), np.zeros(2)) == 0.0
+    assert oracles.difference(np.array([1e-40]), np.zeros(1)) == 0.0  # below float32's normal numbers
+
+
+def test_a_verdict_can_be_written_down() -> None:
+    """Tolerances of float16 are NumPy's."""
+    of = oracles.Comparison("x", 0.5, np.float64(1.0))  # pyright: ignore[reportArgumentType]
+    assert json.loads(json.dumps({"passed": of.passed})) == {"passed": True}
 
 
 def test_float16_loses_half_of_its_smallest_number_an_entry() -> None:

@@ -149,7 +149,7 @@ def parse(text: str) -> list[Record]:
     if not lines:
         return []
     head, *rows = csv.reader(lines)
-    metrics = [column for column in head if "__" in column]
+    metrics = [column for column in head if column in METRICS]  # ncu adds some hundred attributes of the device
     units = dict(zip(head, rows[0], strict=False)) if rows and not rows[0][0].strip() else {}
     found: list[Record] = []
     for cells in rows[1 if units else 0 :]:

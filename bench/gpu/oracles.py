@@ -140,7 +140,7 @@ class Comparison(NamedTuple):
     @property
     def passed(self) -> bool:
         """False for NaN, too."""
-        return self.difference <= self.tolerance
+        return bool(self.difference <= self.tolerance)  # no NumPy bool, which JSON does not know
 
 
 def _array(value: Any) -> NDArray[np.float64]:
@@ -148,7 +148,7 @@ def _array(value: Any) -> NDArray[np.float64]:
 
 
 def difference(actual: Any, wanted: Any) -> float:
-    """Largest |actual - wanted| over the largest |wanted|; NaN have to be in the same places."""
+    """Largest |actual - wanted| over the largest |wanted|, infinite if that is 0; NaN have to be in the same places."""
     a, e = _array(actual), _array(wanted)
     if a.shape != e.shape or not np.array_equal(np.isnan(a), np.isnan(e)):
         return np.inf
@@ -157,7 +157,8 @@ def difference(actual: Any, wanted: Any) -> float:
         return 0.0
     # float32 has no digits below its normal numbers.
     off = max(float(np.abs(a - e).max()) - float(np.finfo(np.float32).tiny), 0.0)
-    return off / float(np.abs(e).max()) if off else off
+    largest = float(np.abs(e).max())
+    return off and (off / largest if largest else np.inf)
 
 
 def imbalance(gradient: Any) -> float:

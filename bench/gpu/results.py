@@ -37,6 +37,16 @@ def claim(folder: Path, device: str, commit: str | None) -> Path:
             return file
 
 
+def _text(head: Record, states: dict[str, Record], lines: dict[str, list[str]]) -> str:
+    """A file: a line a record."""
+    steps: list[str] = []
+    for name, state in states.items():
+        records = ",\n".join(lines[name])
+        steps.append(f'{json.dumps(name)}: {json.dumps(state)[:-1]}, "records": [\n{records}\n]}}')
+    of_steps = ",\n".join(steps)
+    return f'{json.dumps(head)[:-1]}, "steps": {{\n{of_steps}\n}}}}\n'
+
+
 class Report:
     """What a run has found so far, and its file, which is whole at any time."""
 
@@ -59,12 +69,7 @@ class Report:
 
     def text(self) -> str:
         """The file: a line a record."""
-        steps: list[str] = []
-        for name, step in self.steps.items():
-            records = ",\n".join(self._lines[name])
-            steps.append(f'{json.dumps(name)}: {json.dumps(step)[:-1]}, "records": [\n{records}\n]}}')
-        of_steps = ",\n".join(steps)
-        return f'{json.dumps(self.head)[:-1]}, "steps": {{\n{of_steps}\n}}}}\n'
+        return _text(self.head, self.steps, self._lines)
 
     def write(self) -> None:
         """Whole or not at all."""
@@ -76,6 +81,57 @@ class Report:
     def as_dict(self) -> Record:
         """As it would be read from its file."""
         return json.loads(self.text())
+
+
+def by_kind(report: Record) -> list[Record]:
+    """How many checks there were of each backend and dtype, how many failed, and the largest difference in tolerances.
+
+    Of a file that :func:`compact` made they are in it.
+    """
+    of: dict[tuple[str, str], list[Record]] = {}
+    for check in records(report, "correctness"):
+        if "passed" in check:
+            of.setdefault((check.get("backend", ""), check.get("dtype", "")), []).append(check)
+    found: list[Record] = records(report, "correctness", what="checks")
+    for (backend, dtype), checks in of.items() if not found else ():
+        shares = [one["difference"] / one["tolerance"] for one in checks if one.get("difference") and one["tolerance"]]
+        failed = sum(not one["passed"] for one in checks)
+        share = max(shares, default=None)
+        found.append(
+            {"what": "checks", "of": backend, "dtype": dtype, "checks": len(checks), "failed": failed, "share": share}
+        )
+    return found
+
+
+def compact(report: Record, cause: str = "") -> Record:
+    """A report as it is kept: of the checks that passed their number.
+
+    Args:
+        report: as a run wrote it.
+        cause: why checks failed, where that is known and no time is of a wrong result; their marks are taken away.
+    """
+    kept = json.loads(json.dumps(report))
+    steps = kept["steps"]
+    if "correctness" in steps:
+        found = steps["correctness"]["records"]
+        steps["correctness"]["records"] = by_kind(report) + [one for one in found if not one.get("passed")]
+    if cause:
+        kept["cause"] = cause
+        for step in ("times", "training"):
+            for row in steps.get(step, {}).get("records", []):
+                if not row.get("disagrees"):
+                    row.pop("wrong", None)
+    return kept
+
+
+def text_of(report: Record) -> str:
+    """A report as its file has it."""
+    head = {key: value for key, value in report.items() if key != "steps"}
+    lines = {name: [json.dumps(record) for record in step["records"]] for name, step in report["steps"].items()}
+    states = {
+        name: {key: value for key, value in step.items() if key != "records"} for name, step in report["steps"].items()
+    }
+    return _text(head, states, lines)
 
 
 def is_gpu(report: Record) -> bool:

@@ -9,7 +9,7 @@ from ..contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..run import RESULTS
 from ..tables import commit, number, table
 from .fit import BINNED, TILED, fit, points
-from .results import load, newest, records
+from .results import by_kind, load, newest, records
 from .times import WAITING
 from .work import Record
 
@@ -40,12 +40,18 @@ def failures(report: Record) -> list[str]:
 
 
 def warning(report: Record) -> str:
-    """That results were wrong, and which; "" where none was."""
+    """That checks failed, which, and why if that is known; "" where none did."""
     wrong = failures(report)
     if not wrong:
         return ""
     some = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-    return f"**{len(wrong)} checks failed: {some}.** Times of a backend that failed are marked."
+    text = f"**{len(wrong)} checks failed: {some}.**"
+    return f"{text} {report.get('cause', 'Times of a backend that failed are marked.')}"
+
+
+def _marks(report: Record) -> str:
+    """The warning, where rows are marked: once the cause is known it stands with the checks alone."""
+    return "" if "cause" in report else warning(report)
 
 
 def head(report: Record) -> str:
@@ -73,15 +79,16 @@ def _run(report: Record) -> str:
     if launches:
         lines = [[one["of"], *(number(one[key]) for key in ("host_us", "device_us", "graph_us"))] for one in launches]
         parts.append(table(["a launch of", "host µs", "device µs, back to back", "in a graph µs"], lines))
-    of: dict[tuple[str, str], list[Record]] = {}
-    for check in _checks(report):
-        of.setdefault((check.get("backend", ""), check.get("dtype", "")), []).append(check)
-    lines = []
-    for (backend, dtype), checks in of.items():
-        shares = [one["difference"] / one["tolerance"] for one in checks if one.get("difference") and one["tolerance"]]
-        failed = sum(not one["passed"] for one in checks)
-        least = f"{max(shares):.2f}" if shares else ""
-        lines.append([backend or "others", dtype, str(len(checks)), f"**{failed}**" if failed else "0", least])
+    lines = [
+        [
+            one["of"] or "others",
+            one["dtype"],
+            str(one["checks"]),
+            f"**{one['failed']}**" if one["failed"] else "0",
+            "" if one["share"] is None else f"{one['share']:.2f}",
+        ]
+        for one in by_kind(report)
+    ]
     if lines:
         parts.append(
             table(["correctness", "dtype", "checks", "failed", "largest difference / tolerance"], lines, left=2)
@@ -181,11 +188,11 @@ def _cases(report: Record) -> str:
         "have the host's time in it. Host: to enqueue a step. GB/s: of the 12 N bytes that have to be moved. Modelled: "
         "both products of size N alone, from the machine code (`make compiled`)."
     )
-    return "\n\n".join(part for part in (head(report), warning(report), text, note) if part)
+    return "\n\n".join(part for part in (head(report), _marks(report), text, note) if part)
 
 
 def _sizes(report: Record) -> str:
-    parts = [head(report), warning(report)]
+    parts = [head(report), _marks(report)]
     titles = {
         "distributions": "scores, dtype, targets",
         "anchors": "number of logits",
@@ -220,11 +227,11 @@ def _crossover(report: Record) -> str:
             text = "" if point is None else number(point.tiled / point.binned)
             cells.append(f"**{text}**" if point is not None and point.faster != point.expected else text)
         lines.append([f"N = {n:,}", *cells])
-    parts = [head(report), warning(report), table(["time of tiled / binned", *(f"P = {p:,}" for p in counts)], lines)]
+    parts = [head(report), _marks(report), table(["time of tiled / binned", *(f"P = {p:,}" for p in counts)], lines)]
     wrong = sum(point.faster != point.expected for point in of)
     lost = [max(p.tiled, p.binned) / min(p.tiled, p.binned) for p in of if p.faster != p.expected]
-    text = f"Above 1 binned is faster. The cost model takes the slower one at {wrong} of {len(of)} sizes (bold)"
-    parts.append(f"{text}{f', at worst {max(lost):.2f} times the time of the other' if lost else ''}.")
+    text = f"Above 1 binned is faster. The cost model of that commit takes the slower one at {wrong} of {len(of)} sizes"
+    parts.append(f"{text}{f' (bold), at worst {max(lost):.2f} times the time of the other' if lost else ''}.")
     if found := fit(of):
         parts.append(
             f"Fitted: tiled {found.pair_ns:.3g} ns a pair and {found.tiled_start_us:.3g} µs, binned "
