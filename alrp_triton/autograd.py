@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import operators
-from .comparison import SortedMatrix, sort_scores
+from .comparison import SortedMatrix
 from .dispatch import Backend
 from .distributed import ORDER
 from .formulas import at_zero
@@ -158,7 +158,7 @@ def rank(
         gather = operators.of_unknown_size(operators.gather_positives)
         scores, wide, of_all, mine = gather(scores, wide, row_groups, ORDER, settings.call, settings.process_group)
         row_groups = None if groups is None else of_all
-    scores, order = sort_scores(scores)
+    scores, order = operators.sort_rows(scores, settings.backend)
     if row_groups is not None:
         row_groups, by_group = row_groups.index_select(0, order).sort(stable=True)
         scores, order = scores.index_select(0, by_group), order.index_select(0, by_group)

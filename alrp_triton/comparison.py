@@ -17,13 +17,6 @@ from .checks import check_delta, check_same_device, check_tensor, describe
 from .dispatch import Backend, check_backend
 
 
-def sort_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores ``(P,)`` in ascending order, stable, NaN last, and the places that they had before, int64."""
-    if scores.is_cuda:  # there sort() takes a NaN with its sign set, as a cast to bfloat16 makes, for the least number
-        scores = scores.nan_to_num(torch.nan, torch.inf, -torch.inf)
-    return scores.sort(stable=True)
-
-
 class SortedMatrix(NamedTuple):
     """H as the losses use it: nothing is checked, and rows are in ascending order, as :mod:`.operators` wants them.
 
@@ -108,7 +101,7 @@ class ComparisonMatrix:
                     f"mask must have the shape of columns, {tuple(columns.shape)}, got {tuple(mask.shape)}"
                 )
         check_backend(backend, columns.device)
-        sorted_rows, self.order = sort_scores(rows.detach().double())
+        sorted_rows, self.order = operators.sort_rows(rows.detach().double().contiguous(), backend)
         """``order``: ascending, stable argsort of the rows, int64 ``(P,)``."""
         self._matrix = SortedMatrix(sorted_rows, columns.detach(), mask, check_delta(delta), backend)
 

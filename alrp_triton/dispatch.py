@@ -135,6 +135,14 @@ def _by_block(kernel: Callable[..., Tensor], row_groups: Tensor, *of_rows: Tenso
     return torch.cat([kernel(*(v[here] for v in of_rows)) for _, here in _blocks(row_groups)], -1)
 
 
+def sort_rows(scores: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if _family(backend, scores) == "triton" and scores.numel() <= (sorting := _module("triton_sort")).MOST:
+        return sorting.sort_rows(scores)
+    if scores.is_cuda:  # there sort() takes a NaN with its sign set, as a cast to bfloat16 makes, for the least number
+        scores = scores.nan_to_num(torch.nan, torch.inf, -torch.inf)
+    return scores.sort(stable=True)
+
+
 def matvec(
     rows: Tensor,
     columns: Tensor,

@@ -4,6 +4,8 @@ Each is a custom operator (``torch.ops.alrp_triton.*``) with a kernel, for whate
 shapes and dtypes: to tracing and compiling it is one opaque node, checks of values and launches of Triton kernels
 included, which so cost no graph break. ``rows`` are the positives' scores, float64 ``(P,)``, ascending, NaN last.
 
+* ``sort_rows(scores, backend)``: rows made of scores, float64 ``(P,)``, in any order; and the place that each had before,
+  int64 ``(P,)``. A stable sort.
 * ``matvec(rows, columns, weights, delta, backend)``: y_i = sum_j H_ij v_j, float64 ``(P,)``. ``columns`` are float16,
   bfloat16, float32 or float64 of any shape. ``weights`` is v: None (all ones), a bool mask, or floats, in that shape. A
   column of weight 0 or False is not looked at.
@@ -54,6 +56,10 @@ from . import dispatch, distributed
 
 def _like_first(first: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+def _sort_rows(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), scores.new_empty(scores.shape, dtype=torch.int64)
 
 
 def _rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, *_: Any) -> Tensor:
@@ -119,6 +125,7 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 _OF_ROWS, _OF_BOTH = "Tensor? row_groups=None", "Tensor? row_groups=None, Tensor? column_groups=None"
+sort_rows = _define("sort_rows(Tensor scores, str backend) -> (Tensor, Tensor)", dispatch.sort_rows, _sort_rows)
 matvec = _define(
     f"matvec(Tensor rows, Tensor columns, Tensor? weights, float delta, str backend, {_OF_BOTH}) -> Tensor",
     dispatch.matvec,

@@ -177,6 +177,11 @@ def read(name: str, target: str, columns: str, *, instructions: bool = True) -> 
     if kernel.unit and instructions:
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
         record |= {"unit": kernel.unit, "by_unit": _by_unit(kernel, blocks, threads)}
+        names = Counter(name for block in blocks for name in block.instructions.elements())
+        record["of_16_bytes"] = {
+            of: sum(n for name, n in names.items() if name.startswith(of) and name.endswith(".128"))
+            for of in ("LDG", "STG")
+        }
         if kernel.unit == "pair":
             loops = _tile_loops(blocks, kernel.pairs // threads)
             record |= {

@@ -30,7 +30,7 @@ class Inside(TorchDispatchMode):
 
 def replace_kernels(monkeypatch: pytest.MonkeyPatch, replacement: Callable[[Any, str], Any]) -> None:
     """Every Triton kernel by what ``replacement`` makes of it and its name."""
-    for name in ("triton_tiled", "triton_binned", "triton_graded", "triton_targets", "triton_losses"):
+    for name in ("triton_tiled", "triton_binned", "triton_graded", "triton_targets", "triton_losses", "triton_sort"):
         module = dispatch._module(name)
         for attribute, kernel in list(vars(module).items()):
             if attribute.endswith("_kernel"):

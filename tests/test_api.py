@@ -64,7 +64,7 @@ def test_layers_import_one_way() -> None:
     order = ["formulas", "checks", "hints", "cost", "backends", "dispatch", "distributed", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "threads", "knots", "losses", "torch_targets", "torch_graded", "torch_binned", "numba_dense", "numba_graded",
-        "numba_targets", "numba_binned", "triton_tiled", "triton_graded", "triton_binned", "triton_targets", "triton_losses",
+        "numba_targets", "numba_binned", "triton_tiled", "triton_sort", "triton_graded", "triton_binned", "triton_targets", "triton_losses",
     ]  # fmt: skip
     inside = {
         "backends": within,

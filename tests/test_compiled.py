@@ -38,7 +38,7 @@ def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> 
             assert {f"{kernel}{step}" for kernel in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")} <= names  # fmt: skip
     assert {record["kernel"] for record in mine} >= {
         "tiled prepare", "binned rows", "binned lines", "binned knots", "binned table", "among rows", "among grades", "below grades",
-        "alrp terms", "ap terms", "rank sort terms", "targets dense", "targets graded", "targets classes",
+        "alrp terms", "ap terms", "rank sort terms", "sort", "targets dense", "targets graded", "targets classes",
     }  # fmt: skip
     assert [record for record in mine if record["spills"]] == []
 
@@ -89,6 +89,19 @@ def test_two_instructions_a_pair(records: list[dict[str, Any]], kernel: str, har
         assert len(counts) == 2
         assert counts[1] <= 3 * pairs + once_a_column, record["loops"]
         assert record["loops"][0]["FFMA.SAT"] == pairs  # the clamp costs nothing
+
+
+@pytest.mark.parametrize("step", ["", " hard"])
+def test_whole_blocks_of_logits_are_read_and_written_16_bytes_at_once(records: list[dict[str, Any]], step: str) -> None:
+    """A mask that depends on N, of which nothing is known when compiling, would make it 4 bytes."""
+    of = {
+        r["kernel"]: r["of_16_bytes"]
+        for r in records
+        if (r["target"], r["columns"]) == ("sm_90", "fp32") and "unit" in r
+    }
+    logits_a_thread = 1024 // 128  # a block, over the threads of four warps
+    assert of[f"binned evaluate{step}"] == {"LDG": logits_a_thread // 4, "STG": logits_a_thread // 4}
+    assert of[f"binned count{step}"]["LDG"] == logits_a_thread // 4
 
 
 def test_the_model_of_the_machine_code_is_near_the_counters_of_a_gpu(records: list[dict[str, Any]]) -> None:

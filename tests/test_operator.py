@@ -1,5 +1,6 @@
 """The comparison matrix: both products of each backend against the dense matrix, and what must hold by itself."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from alrp_triton import ComparisonMatrix, operators
 from alrp_triton.dispatch import Backend
 from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
+from tests.conftest import or_skip
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DELTAS = [1.0, 0.3, 1e-3, 0.0]  # 0.3: its 1/(2 delta) is no short binary number
@@ -209,6 +211,32 @@ def test_the_rows_among_themselves(backend: Backend, device: str, delta: float, 
         assert matrix.below_rows(torch.ones_like(v)).isnan().all()
 
 
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 130])
+def test_sort_rows(size: int, backend: Backend, device: str) -> None:
+    """As Python's own sort, which is stable, has them: NaN of either sign last."""
+    drawn = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * 4).round().double() / 4
+    drawn[::7] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0]).repeat(4)[: len(drawn[::7])]
+    if size > 15:
+        drawn[11] = torch.copysign(torch.tensor(torch.nan), torch.tensor(-1.0))
+    numbers = drawn.tolist()
+    wanted = sorted(range(size), key=lambda i: (math.isnan(numbers[i]), 0.0 if math.isnan(numbers[i]) else numbers[i]))
+    rows, order = operators.sort_rows(drawn.to(device), backend)
+    assert order.tolist() == wanted
+    assert torch.equal(rows.cpu().nan_to_num(7e7), drawn[wanted].nan_to_num(7e7))
+
+
+def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    or_skip("triton")
+    from alrp_triton.backends import triton_sort
+
+    numbers = torch.randn(40, device=device, dtype=torch.float64)
+    few = operators.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
+    monkeypatch.setattr(triton_sort, "MOST", 39)
+    monkeypatch.setattr(triton_sort, "sort_kernel", None)
+    many = operators.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
+    assert all(torch.equal(a, b) for a, b in zip((*few[0], few[1]), (*many[0], many[1]), strict=True))
+
+
 def test_rows_in_any_order(backend: Backend, device: str) -> None:
     rows, columns, _ = draw(100, 400, torch.float32, device)
     shuffle = torch.randperm(100).to(device)
@@ -260,6 +288,7 @@ def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> 
     tests = ("test_schema", "test_faketensor")
     for weights in (None, mask, torch.rand(100, device=device)):
         torch.library.opcheck(torch.ops.alrp_triton.matvec, (rows, columns, weights, delta, backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.alrp_triton.sort_rows, (rows.flip(0), backend), test_utils=tests)
     torch.library.opcheck(torch.ops.alrp_triton.among_rows, (rows, rows, delta, backend), test_utils=tests)
     torch.library.opcheck(torch.ops.alrp_triton.below_rows, (rows, rows, delta, backend), test_utils=tests)
     for keep in (None, mask):

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .knots import working_dtype
-from .triton_tiled import readable
+from .triton_tiled import parts, readable
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; and for the kernels over
 # bins and rows, the tile of their dense product.
@@ -181,6 +181,17 @@ def _position(x, bin, inside, knots_ptr, rate, HARD: tl.constexpr):
     return position
 
 
+@triton.jit
+def _read(array_ptr, block, N, other, BLOCK: tl.constexpr):
+    """Block of a long array. Where it is whole there is no mask, and a thread reads 16 bytes at once."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    if (block + 1) * BLOCK <= N:
+        values = tl.load(array_ptr + index)
+    else:
+        values = tl.load(array_ptr + index, mask=index < N, other=other)
+    return values
+
+
 @triton.jit(do_not_specialize=["P", "M", "N", "copies"])
 def count_kernel(
     columns_ptr, weights_ptr, knots_ptr, lut_ptr, table_ptr, P, M, N: tl.int64, copies, delta: tl.float64,
@@ -192,13 +203,11 @@ def count_kernel(
     """
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    inside = column < N
-    x = tl.load(columns_ptr + column, mask=inside, other=float("-inf")).to(dtype)
-    live = inside & ~(x < tl.load(knots_ptr))
+    x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
+    live = ~(x < tl.load(knots_ptr))
     one = tl.full([BLOCK], 1.0, dtype)
     if weights_ptr is not None:
-        one = tl.load(weights_ptr + column, mask=inside, other=0).to(dtype)
+        one = _read(weights_ptr, block, N, 0, BLOCK).to(dtype)
         live = live & (one != 0)
     if tl.max(live.to(tl.int32), axis=0) > 0:
         counts_ptr = table_ptr + block % copies * (4 * P + 2)
@@ -297,14 +306,13 @@ def evaluate_kernel(
 ):  # fmt: skip
     """Program b: out = value + slope * position for block b of the columns, 0 where the mask is."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < N
-    x = tl.load(columns_ptr + column, mask=inside, other=float("-inf")).to(dtype)
-    live = inside
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + column, mask=inside, other=0) != 0
+    block = tl.program_id(0).to(tl.int64)
+    x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
     g = tl.zeros([BLOCK], dtype) + tl.load(lines_ptr)  # below all knots: 0, or NaN if a weight is
-    reached = live & (x >= tl.load(knots_ptr))
+    reached = x >= tl.load(knots_ptr)
+    if mask_ptr is not None:
+        live = _read(mask_ptr, block, N, 0, BLOCK) != 0
+        reached = reached & live
     if tl.max(reached.to(tl.int32), axis=0) > 0:
         bin = _find(x, reached, knots_ptr, lut_ptr, P, M)
         rate = 0.0
@@ -315,7 +323,14 @@ def evaluate_kernel(
         slope = tl.load(lines_ptr + 2 * bin + 1, mask=reached, other=0.0)
         g = tl.where(reached, tl.fma(slope, position, value), g)
     g = tl.where(x == x, g, float("nan"))
-    tl.store(out_ptr + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+    if mask_ptr is not None:
+        g = tl.where(live, g, 0.0)
+    g = g.to(out_ptr.dtype.element_ty)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    if (block + 1) * BLOCK <= N:  # as in _read
+        tl.store(out_ptr + column, g)
+    else:
+        tl.store(out_ptr + column, g, mask=column < N)
 
 
 class _Bins(NamedTuple):
@@ -332,8 +347,7 @@ def _make_bins(rows: Tensor, columns: Tensor, delta: float) -> _Bins:
     p = rows.numel()
     cells = triton.next_power_of_2(2 * p * _CELLS_A_KNOT)
     knots = torch.empty(2 * p, dtype=working_dtype(columns), device=rows.device)
-    places = torch.empty(2 * p + cells + 2, dtype=torch.int32, device=rows.device)
-    rise, done, lut = places[:p], places[p : 2 * p], places[2 * p :]
+    rise, done, lut = parts((p, p, cells + 2), torch.int32, rows.device)
     knots_kernel[(triton.cdiv(p, 128),)](
         rows, knots, rise, done, lut[cells + 1 :], p, delta, BLOCK=128, num_warps=WARPS
     )

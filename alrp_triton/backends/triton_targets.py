@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formulas import MOST_GRADE
+from .triton_sort import sort
 from .triton_tiled import readable
 
 BLOCK = 2048
-CLASS_TILE = {"ANCHORS": 16, "CLASSES": 64}
+CLASS_TILE = {"ANCHORS": 64, "CLASSES": 32}
 WARPS = 4
 _MOST_GRADE: tl.constexpr = tl.constexpr(MOST_GRADE)
 
@@ -26,11 +27,11 @@ def _report(positive, bad, where, positives_ptr, status_ptr, count):
     """Append the places of a block's positives, and count its positives and bad values."""
     found = tl.sum(positive.to(tl.int64), axis=0)
     if found > 0:
-        place = tl.atomic_add(status_ptr, found) + tl.cumsum(positive.to(tl.int64), axis=0) - 1
+        place = tl.atomic_add(status_ptr, found, sem="relaxed") + tl.cumsum(positive.to(tl.int64), axis=0) - 1
         tl.store(positives_ptr + place, where, mask=positive & (place < count))
     wrong = tl.sum(bad.to(tl.int64), axis=0)
     if wrong > 0:
-        tl.atomic_add(status_ptr + 1, wrong)
+        tl.atomic_add(status_ptr + 1, wrong, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count", "N"])
@@ -56,22 +57,26 @@ def classes_kernel(
     targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, anchors: tl.int64, classes: tl.int64,
     background: tl.int64, ignore_index: tl.int64, SIGNED: tl.constexpr, ANCHORS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Program b: class indices of block b of the anchors, and all their logits."""
+    """Program b: class indices of block b of the anchors; makes 0 in the mask, which is 1, what is no negative."""
     anchor = tl.program_id(0).to(tl.int64) * ANCHORS + tl.arange(0, ANCHORS)
     inside = anchor < anchors
     target = tl.load(targets_ptr + anchor, mask=inside, other=0).to(tl.int64)
-    counted = target != ignore_index
-    nothing = (target == background) | ~counted
+    ignored = inside & (target == ignore_index)
+    nothing = (target == background) | ignored
     if not SIGNED:  # what is negative now was a uint64 too large
         nothing = nothing & (target >= 0)
+        ignored = ignored & (target >= 0)
     known = (target >= 0) & (target < classes)
-    for begin in range(0, classes, CLASSES):
-        c = begin + tl.arange(0, CLASSES)
-        negative = counted[:, None] & (nothing[:, None] | (c[None, :] != target[:, None]))
-        where = anchor[:, None] * classes + c[None, :]
-        tl.store(negatives_ptr + where, negative.to(tl.int8), mask=inside[:, None] & (c[None, :] < classes))
     positive = inside & known & ~nothing
-    _report(positive, inside & ~known & ~nothing, anchor * classes + target, positives_ptr, status_ptr, count)
+    where = anchor * classes + target
+    tl.store(negatives_ptr + where, tl.zeros([ANCHORS], tl.int8), mask=positive)
+    if tl.max(ignored.to(tl.int32), axis=0) > 0:
+        for begin in range(0, classes, CLASSES):
+            c = begin + tl.arange(0, CLASSES)
+            logit = anchor[:, None] * classes + c[None, :]
+            zero = tl.zeros([ANCHORS, CLASSES], tl.int8)
+            tl.store(negatives_ptr + logit, zero, mask=ignored[:, None] & (c[None, :] < classes))
+    _report(positive, inside & ~known & ~nothing, where, positives_ptr, status_ptr, count)
 
 
 def classify(
@@ -80,7 +85,9 @@ def classify(
     """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
     n, signed = targets.numel(), targets.dtype.is_signed
     read = readable(targets)
-    negatives = torch.empty(n * (num_classes or 1), dtype=torch.bool, device=targets.device)
+    # Of class indices few logits are no negatives: a mask of ones, in which those are found, is written at full speed.
+    make = torch.empty if num_classes is None else torch.ones
+    negatives = make(n * (num_classes or 1), dtype=torch.bool, device=targets.device)
     places = torch.zeros(count + 2, dtype=torch.int64, device=targets.device)
     status, positives = places[:2], places[2:]
     with torch.cuda.device_of(targets):
@@ -94,4 +101,4 @@ def classify(
                 read, negatives.view(torch.int8), positives, status, count, n, num_classes, background, ignore_index,
                 SIGNED=signed, num_warps=WARPS, **CLASS_TILE,
             )  # fmt: skip
-    return negatives, positives.sort().values, status
+    return negatives, sort(positives), status

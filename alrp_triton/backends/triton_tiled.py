@@ -272,6 +272,17 @@ def readable(tensor: Tensor | None) -> Tensor | None:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
+def parts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Empty vectors in one allocation, each at an address that 16 bytes divide.
+
+    Triton compiles a kernel again where an address is no longer, or not yet, divisible so: sizes change with P.
+    """
+    step = 16 // dtype.itemsize
+    lengths = [-(-size // step) * step for size in sizes]
+    whole = torch.empty(sum(lengths), dtype=dtype, device=device)
+    return [part[:size] for part, size in zip(whole.split(lengths), sizes, strict=True)]
+
+
 def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
     """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
     p, n, working = rows.numel(), columns.numel(), working_dtype(columns)
@@ -294,7 +305,7 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
     p, n, working, hard = rows.numel(), columns.numel(), working_dtype(columns), delta == 0
     tile = TRANSPOSE_TILE[working]
-    scores, offsets, shares = torch.empty(3, p + 1, dtype=working, device=rows.device)
+    scores, offsets, shares = parts((p + 1,) * 3, working, rows.device)
     out = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
     with torch.cuda.device_of(rows):
         # In the loop over rows every instruction counts, so what belongs to a row is made here, once.
