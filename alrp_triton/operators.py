@@ -4,8 +4,8 @@ Each is a custom operator (``torch.ops.alrp_triton.*``) with a kernel, for whate
 shapes and dtypes: to tracing and compiling it is one opaque node, checks of values and launches of Triton kernels
 included, which so cost no graph break. ``rows`` are the positives' scores, float64 ``(P,)``, ascending, NaN last.
 
-* ``sort_rows(scores, backend)``: rows made of scores, float64 ``(P,)``, in any order; and the place that each had before,
-  int64 ``(P,)``. A stable sort.
+* ``sort_rows(scores, backend)``: rows made of scores in any order, float64 ``(P,)``; and the place that each had, int64
+  ``(P,)``. A stable sort.
 * ``matvec(rows, columns, weights, delta, backend)``: y_i = sum_j H_ij v_j, float64 ``(P,)``. ``columns`` are float16,
   bfloat16, float32 or float64 of any shape. ``weights`` is v: None (all ones), a bool mask, or floats, in that shape. A
   column of weight 0 or False is not looked at.

@@ -46,7 +46,7 @@ _MORE = {"RetinaNet, many positives": (CASES["RetinaNet"][0], 4000)}
 
 
 def seconds(
-    gpu: GPU, by_unit: dict[str, float], units: float, moved: float, reached: float, atomics: float = 0.0
+    gpu: GPU, by_unit: dict[str, float], units: float, moved: float, atomics: float = 0.0, reached: float = 1.0
 ) -> float:
     """Time of a kernel that spends ``by_unit`` instructions on each unit, moves so many bytes, and adds so often.
 
@@ -84,12 +84,12 @@ def model(gpu: GPU, kernels: list[dict[str, Any]], anchors: int, positives: int)
     return Modelled(
         12.0 * anchors / gpu.bytes_per_s,
         (
-            seconds(gpu, unit["tiled matvec"], pairs, read, REACHED["tiled matvec"]),
-            seconds(gpu, unit["tiled rmatvec"], pairs, write, REACHED["tiled rmatvec"]),
+            seconds(gpu, unit["tiled matvec"], pairs, read, reached=REACHED["tiled matvec"]),
+            seconds(gpu, unit["tiled rmatvec"], pairs, write, reached=REACHED["tiled rmatvec"]),
         ),
-        seconds(gpu, without, anchors, read, REACHED["binned count"], 2.0 * anchors),
-        seconds(gpu, without, anchors, read, REACHED["binned count"]),
-        seconds(gpu, unit["binned evaluate"], anchors, write, REACHED["binned evaluate"]),
+        seconds(gpu, without, anchors, read, 2.0 * anchors, REACHED["binned count"]),
+        seconds(gpu, without, anchors, read, reached=REACHED["binned count"]),
+        seconds(gpu, unit["binned evaluate"], anchors, write, reached=REACHED["binned evaluate"]),
         write / gpu.bytes_per_s,
     )
 

@@ -218,8 +218,12 @@ def test_sort_rows(size: int, backend: Backend, device: str) -> None:
     drawn[::7] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0]).repeat(4)[: len(drawn[::7])]
     if size > 15:
         drawn[11] = torch.copysign(torch.tensor(torch.nan), torch.tensor(-1.0))
-    numbers = drawn.tolist()
-    wanted = sorted(range(size), key=lambda i: (math.isnan(numbers[i]), 0.0 if math.isnan(numbers[i]) else numbers[i]))
+    numbers: list[float] = drawn.tolist()
+
+    def place(i: int) -> tuple[bool, float]:
+        return math.isnan(numbers[i]), 0.0 if math.isnan(numbers[i]) else numbers[i]
+
+    wanted = sorted(range(size), key=place)
     rows, order = operators.sort_rows(drawn.to(device), backend)
     assert order.tolist() == wanted
     assert torch.equal(rows.cpu().nan_to_num(7e7), drawn[wanted].nan_to_num(7e7))

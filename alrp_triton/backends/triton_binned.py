@@ -310,6 +310,7 @@ def evaluate_kernel(
     x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
     g = tl.zeros([BLOCK], dtype) + tl.load(lines_ptr)  # below all knots: 0, or NaN if a weight is
     reached = x >= tl.load(knots_ptr)
+    live = reached
     if mask_ptr is not None:
         live = _read(mask_ptr, block, N, 0, BLOCK) != 0
         reached = reached & live
