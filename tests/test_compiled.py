@@ -126,6 +126,18 @@ def test_the_model_of_the_machine_code_is_near_the_counters_of_a_gpu(records: li
         assert 1 / 1.5 < seconds / measured[which] < 1.5, (which, seconds, measured[which])
 
 
+def test_candidates_for_the_forward_product_compile() -> None:
+    """One adds in shared memory: two additions for each of eight logits a thread, in whole blocks and at the end."""
+    or_skip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    (done,) = run_together(["-m", "bench.gpu.candidates", "--compile"], environment=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [of["spills"] for of in found.values()] == [0, 0, 0]
+    assert {way: of["ATOMS"] for way, of in found.items()} == {"two": 0, "packed": 0, "shared": 2 * 8 * 2}
+    assert {way: of["RED"] for way, of in found.items()} == {"two": 2 * 8 * 2, "packed": 8 * 2, "shared": 2}
+
+
 def test_the_cost_model_is_that_of_the_newest_result() -> None:
     (file,) = results.newest()
     of = points(results.records(results.load(file), "times", group="crossover"))
