@@ -204,7 +204,7 @@ def count_kernel(
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
     x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
-    live = ~(x < tl.load(knots_ptr))
+    live = ~(x < tl.load(knots_ptr))  # which -inf is, if rows are finite, and else nothing counts
     one = tl.full([BLOCK], 1.0, dtype)
     if weights_ptr is not None:
         one = _read(weights_ptr, block, N, 0, BLOCK).to(dtype)
