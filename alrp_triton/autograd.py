@@ -88,7 +88,7 @@ def rank_sort(matrix: SortedMatrix, ranked: "Ranked", settings: Settings, dtype:
     ranking, sorting, update = operators.rank_sort_terms(
         ranked.false_positives, matrix.among_grades(ranked.values), settings.eps, dtype, settings.backend
     )
-    own, share, own_sorting, share_sorting = update
+    own, share, share_sorting, own_sorting = update
     if wanted:
         own_sorting = own_sorting + matrix.below_grades(ranked.values, share_sorting)
     return Terms(ranking, sorting, None, own, share, own_sorting)

@@ -26,7 +26,8 @@ included, which so cost no graph break. ``rows`` are the positives' scores, floa
   tells; and what the gradients are made of, float64, a row each, divided by P:
   alrp: each positive's own gradient, its share for a false positive, 1 / rank;
   ap: own, share;
-  rank_sort: own and share of the ranking error, own and share (for a missorted positive) of the sorting error.
+  rank_sort: own and share of the ranking error, share (for a missorted positive) and own of the sorting error. A kernel
+  reads the third row, for 16 bytes divide its address whatever P is, and Triton compiles for one alignment.
 * ``classify(targets, num_classes, background, ignore_index, graded, count, source, backend)``: bool mask of the
   negatives ``(N,)``, and int64 flat indices ``(count,)`` of the positives, ascending. Checks that the backend can run,
   what values the targets have, and that ``count``, which the argument ``source`` told, is right

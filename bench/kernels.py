@@ -140,12 +140,11 @@ def compile_kernel(name: str, target: str, columns: str = "fp32") -> Any:
         else (_TYPES | kernel.types)[argument].format(C=columns, W=working)
         for argument in kernel.function.arg_names
     }  # fmt: skip
-    # As a launch has it: addresses that 16 bytes divide, but for the last entry of the look-up table, and what says so.
-    loose = {"most_ptr", *kernel.function.do_not_specialize_on_alignment}
+    # As a launch has it: addresses that 16 bytes divide, but for the last entry of the look-up table.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.function.arg_names)
-        if signature[argument].startswith("*") and argument not in loose
+        if signature[argument].startswith("*") and argument != "most_ptr"
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps})

@@ -125,10 +125,7 @@ class _Aligned:
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            settings = getattr(self.kernel, "kwargs", None) or vars(self.kernel)  # of the interpreter, of the compiler
-            free = settings.get("do_not_specialize_on_alignment") or ()
-            named = zip(self.kernel.arg_names, args, strict=False)
-            tensors = (value for name, value in named if isinstance(value, torch.Tensor) and name not in free)
+            tensors = (value for value in args if isinstance(value, torch.Tensor))
             self.seen.add((self.name, *(value.data_ptr() % 16 == 0 for value in tensors)))
             self.kernel[grid](*args, **kwargs)
 

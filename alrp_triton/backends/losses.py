@@ -65,4 +65,4 @@ def rank_sort_terms(
         as_array(false_positives), kept, kept_error, missorted, missorted_error, eps, np.where
     )
     losses = _mean(ranking, among, dtype), _mean(sorting, among, dtype)
-    return *losses, _update(among, -pull, share, -sort_pull, sort_share)
+    return *losses, _update(among, -pull, share, sort_share, -sort_pull)

@@ -46,7 +46,7 @@ def among_grades_kernel(
     tl.store(out_ptr + 3 * P + index, tl.sum(lower_error, axis=1) + bad, mask=index < P)
 
 
-@triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["weights_ptr"])  # a row of a (4, P) table
+@triton.jit(do_not_specialize=["P"])
 def below_grades_kernel(
     rows_ptr, grades_ptr, weights_ptr, out_ptr, P, delta: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,

@@ -113,8 +113,8 @@ def rank_sort_kernel(
         sorting_sum += sorting
         tl.store(update_ptr + index, -pull / count, mask=inside)
         tl.store(update_ptr + P + index, share / count, mask=inside)
-        tl.store(update_ptr + 2 * P + index, -sort_pull / count, mask=inside)
-        tl.store(update_ptr + 3 * P + index, sort_share / count, mask=inside)
+        tl.store(update_ptr + 2 * P + index, sort_share / count, mask=inside)
+        tl.store(update_ptr + 3 * P + index, -sort_pull / count, mask=inside)
     dtype = ranking_ptr.dtype.element_ty
     tl.store(ranking_ptr, (tl.sum(ranking_sum, axis=0) / count).to(dtype))
     tl.store(sorting_ptr, (tl.sum(sorting_sum, axis=0) / count).to(dtype))
