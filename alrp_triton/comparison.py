@@ -101,7 +101,7 @@ class ComparisonMatrix:
                     f"mask must have the shape of columns, {tuple(columns.shape)}, got {tuple(mask.shape)}"
                 )
         check_backend(backend, columns.device)
-        sorted_rows, self.order = operators.sort_rows(rows.detach().double().contiguous(), backend)
+        sorted_rows, self.order = operators.sort_rows(rows.detach().double(), backend)
         """``order``: ascending, stable argsort of the rows, int64 ``(P,)``."""
         self._matrix = SortedMatrix(sorted_rows, columns.detach(), mask, check_delta(delta), backend)
 

@@ -130,17 +130,15 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     return found
 
 
-@cache
-def compile_kernel(name: str, target: str, columns: str = "fp32") -> Any:
-    """Compile a kernel of :func:`kernels` for a target."""
-    kernel = kernels(target, columns)[name]
+def compile_for(kernel: Kernel, target: str, columns: str = "fp32") -> Any:
+    """Compile a kernel for a target, with the alignment that its launches have."""
     working = "fp64" if columns == "fp64" else "fp32"
     signature = {
         argument: "constexpr" if argument in kernel.constants
         else (_TYPES | kernel.types)[argument].format(C=columns, W=working)
         for argument in kernel.function.arg_names
     }  # fmt: skip
-    # As a launch has it: addresses that 16 bytes divide, but for the last entry of the look-up table.
+    # Addresses that 16 bytes divide, but for the last entry of the look-up table.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.function.arg_names)
@@ -148,3 +146,9 @@ def compile_kernel(name: str, target: str, columns: str = "fp32") -> Any:
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps})
+
+
+@cache
+def compile_kernel(name: str, target: str, columns: str = "fp32") -> Any:
+    """Compile a kernel of :func:`kernels` for a target."""
+    return compile_for(kernels(target, columns)[name], target, columns)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,12 @@ def basic_blocks(compiled: Any) -> list[Block]:
     return [Block(block, min(of, key=len, default=range(0))) for block, of in zip(blocks, inside, strict=True)]
 
 
+def count(blocks: Iterable[Block], *kinds: str) -> Counter[str]:
+    """How many instructions there are in blocks whose names begin so."""
+    names = sum((block.instructions for block in blocks), Counter[str]())
+    return Counter({kind: sum(n for name, n in names.items() if name.startswith(kind)) for kind in kinds})
+
+
 # What an instruction is, by the beginning of its name; the first that fits.
 _CLASSES = (
     ("atomic", r"ATOM|REDG|RED\.|(global|buffer|flat)_atomic"),
@@ -177,11 +183,7 @@ def read(name: str, target: str, columns: str, *, instructions: bool = True) -> 
     if kernel.unit and instructions:
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
         record |= {"unit": kernel.unit, "by_unit": _by_unit(kernel, blocks, threads)}
-        names = Counter(name for block in blocks for name in block.instructions.elements())
-        record["of_16_bytes"] = {
-            of: sum(n for name, n in names.items() if name.startswith(of) and name.endswith(".128"))
-            for of in ("LDG", "STG")
-        }
+        record["of_16_bytes"] = count(blocks, "LDG.E.128", "STG.E.128")
         if kernel.unit == "pair":
             loops = _tile_loops(blocks, kernel.pairs // threads)
             record |= {

@@ -142,6 +142,7 @@ def test_what_is_kept_of_a_report(
     assert [one for one in results.records(kept, "correctness") if one.get("passed")] == []
     assert sum(one["checks"] for one in results.by_kind(kept)) == len(checks) + 1
     assert results.by_kind(kept) == results.by_kind(report)
+    assert results.compact(kept) == kept
     assert "it rained" in tables.TABLES["run"](kept)
     assert "checks failed" not in tables.TABLES["cases"](kept)
     without = results.compact(report)

@@ -227,6 +227,8 @@ def test_sort_rows(size: int, backend: Backend, device: str) -> None:
     rows, order = operators.sort_rows(drawn.to(device), backend)
     assert order.tolist() == wanted
     assert torch.equal(rows.cpu().nan_to_num(7e7), drawn[wanted].nan_to_num(7e7))
+    apart = torch.stack([drawn, drawn + 1], 1).to(device)[:, 0]  # not one beside the other in memory
+    assert operators.sort_rows(apart, backend)[1].tolist() == wanted
 
 
 def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

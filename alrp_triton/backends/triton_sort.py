@@ -48,6 +48,7 @@ def sort(keys: Tensor) -> Tensor:
 
 def sort_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Scores in ascending order, and the places that they had; contract in :mod:`alrp_triton.operators`."""
+    rows = rows.contiguous()
     out, order = torch.empty_like(rows), torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
     _launch(rows, out, order)
     return out, order

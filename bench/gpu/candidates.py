@@ -16,7 +16,6 @@ GPU has run it yet; with ``--compile`` it prints what the compiler makes of them
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,8 +39,6 @@ _PACKED_COLUMNS = (1 << 16) - BLOCK
 # number from bit 14 on, below it what was carried. A program adds fewer than 2**18 logits.
 COUNT_BIT: tl.constexpr = tl.constexpr(14)
 _SHARED_COLUMNS = (1 << 18) - BLOCK
-# Bytes of shared memory that a kernel may declare, in bins.
-SHARED_BINS = 48 * 1024 // 8
 _PROGRAMS = 4 * 132
 
 _ZERO = tl.constexpr("{ st.shared.v2.u32 [$1], {$2, $2}; mov.u32 $0, 0; }")
@@ -150,8 +147,7 @@ def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[
     p, n = rows.numel(), columns.numel()
     bins = triton_binned._make_bins(rows, columns, delta)
     blocks = triton.cdiv(n, BLOCK)
-    most = way.columns // BLOCK if way.name == "shared" else 1 << 30
-    each = min(max(1, triton.cdiv(blocks, way.programs)), most)
+    each = min(triton.cdiv(blocks, way.programs), way.columns // BLOCK)
     programs = triton.cdiv(blocks, each)
     copies = way.copies or triton.cdiv(programs, way.columns // BLOCK)
     size = 2 * p + 1 if way.name == "packed" else 4 * p + 2
@@ -188,28 +184,14 @@ def wrong(sums: Tensor, rows: Tensor, columns: Tensor, delta: float) -> float:
 
 def compiled() -> dict[str, dict[str, int]]:
     """Registers, spills and atomics of each for sm_90, in a process without the interpreter."""
-    from triton.compiler import ASTSource
+    from ..kernels import Kernel, compile_for
+    from ..machine_code import basic_blocks, count, resources
 
-    from ..kernels import TARGETS
-    from ..machine_code import basic_blocks, resources
-
-    types = {"columns_ptr": "*fp32", "knots_ptr": "*fp32", "lut_ptr": "*i32", "table_ptr": "*i64", "rate": "fp32"}
-    types |= {"N": "i64"} | dict.fromkeys(("P", "M", "each", "copies"), "i32")
     found: dict[str, dict[str, int]] = {}
     for way in dict.fromkeys(way.name for way in WAYS):
         constants = {"WAY": way, "BLOCK": BLOCK, "DECLARE": declare(2048), "THREADS": 32 * WARPS}
-        names = count_kernel.arg_names
-        source = ASTSource(
-            fn=count_kernel,
-            signature={name: types.get(name, "constexpr") for name in names},
-            constexprs=constants,
-            attrs={(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name.endswith("_ptr")},
-        )
-        kernel = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": WARPS})
-        counted = Counter(name for block in basic_blocks(kernel) for name in block.instructions.elements())
-        found[way] = resources(kernel) | {
-            kind: sum(n for name, n in counted.items() if name.startswith(kind)) for kind in ("ATOMS", "RED")
-        }
+        kernel = compile_for(Kernel(count_kernel, constants, {"each": "i32", "rate": "fp32"}, WARPS), "sm_90")
+        found[way] = resources(kernel) | count(basic_blocks(kernel), "ATOMS", "RED")
     return found
 
 

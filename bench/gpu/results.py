@@ -88,15 +88,16 @@ def by_kind(report: Record) -> list[Record]:
 
     Of a file that :func:`compact` made they are in it.
     """
+    if kept := records(report, "correctness", what="checks"):
+        return kept
     of: dict[tuple[str, str], list[Record]] = {}
     for check in records(report, "correctness"):
         if "passed" in check:
             of.setdefault((check.get("backend", ""), check.get("dtype", "")), []).append(check)
-    found: list[Record] = records(report, "correctness", what="checks")
-    for (backend, dtype), checks in of.items() if not found else ():
+    found: list[Record] = []
+    for (backend, dtype), checks in of.items():
         shares = [one["difference"] / one["tolerance"] for one in checks if one.get("difference") and one["tolerance"]]
-        failed = sum(not one["passed"] for one in checks)
-        share = max(shares, default=None)
+        failed, share = sum(not one["passed"] for one in checks), max(shares, default=None)
         found.append(
             {"what": "checks", "of": backend, "dtype": dtype, "checks": len(checks), "failed": failed, "share": share}
         )
@@ -113,8 +114,8 @@ def compact(report: Record, cause: str = "") -> Record:
     kept = json.loads(json.dumps(report))
     steps = kept["steps"]
     if "correctness" in steps:
-        found = steps["correctness"]["records"]
-        steps["correctness"]["records"] = by_kind(report) + [one for one in found if not one.get("passed")]
+        others = [one for one in records(kept, "correctness") if not one.get("passed") and one.get("what") != "checks"]
+        steps["correctness"]["records"] = by_kind(report) + others
     if cause:
         kept["cause"] = cause
         for step in ("times", "training"):

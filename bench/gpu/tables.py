@@ -26,16 +26,11 @@ def spread(quantiles: list[float] | None) -> str:
     return f"{number(middle)} ({number(low)} to {number(high)})"
 
 
-def _checks(report: Record) -> list[Record]:
-    return [one for one in records(report, "correctness") if "passed" in one]
-
-
 def failures(report: Record) -> list[str]:
     """The names of the checks that failed."""
     return [
         " ".join(str(one[key]) for key in ("check", "backend", "dtype") if key in one)
-        for one in _checks(report)
-        if not one["passed"]
+        for one in records(report, "correctness", passed=False)
     ]
 
 
