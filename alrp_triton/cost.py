@@ -6,7 +6,7 @@ binned"). A test holds them to the newest result, and the choice to it: nowhere 
 """
 
 TILED_NS_A_PAIR = 3.46e-4
-# Most of it are the two 64-bit atomics of the forward product, at 7e10 in a second.
+# Most of it are the two 64-bit atomics of the forward product, at some 8e10 in a second.
 BINNED_NS_A_COLUMN = 0.0304
 # Tables and their launches, which cost the same whatever the size: what loses least at the sizes where both are close.
 BINNED_EXTRA_NS = 4e3
