@@ -15,6 +15,8 @@ from . import side_by_side
 from .contenders import RULE
 from .gate import TOLERANCE, check
 from .gpu import results, runner
+from .host import TURNS, measure
+from .host import markdown as host_markdown
 from .problems import sizes
 from .report import fill, markdown, pages, render
 from .run import RESULTS, ROOT, describe_run, store
@@ -47,7 +49,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="check, then time the loss beside its baselines on a CPU; the command where none is named",
         description=f"Check, then time aLRP Loss beside its baselines, on the CPU. {RULE}",
         epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out. "
-        "Other commands, as first word: gpu, keep FILE, report, show FILE, diff A B, compiled.",
+        "Other commands, as first word: gpu, keep FILE, report, show FILE, diff A B, compiled, host.",
     )
     of = ", ".join(map(repr, GROUPS))
     run.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these, of {of}")
@@ -85,6 +87,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         diff.add_argument(name, type=_report_file, metavar=name.upper(), help="JSON file of a run")
     compiled = commands.add_parser("compiled", help="compile all kernels for GPUs that are not there, and read them")
     compiled.add_argument("--out", type=Path, default=RESULTS / "compiled.json", metavar="FILE", help="JSON file")
+    host = commands.add_parser(
+        "host",
+        help="what a step costs the host: on the GPU path with no GPU and no launches, and on the CPU's",
+        description="Time of a step beside focal loss: the host's on the GPU path, where stubs stand for all launches, "
+        "and the whole on the CPU; launches, operations and instructions counted. Stored with --out only.",
+    )
+    host.add_argument("--turns", type=_count, default=TURNS, metavar="N", help=f"default {TURNS}")
+    host.add_argument("--no-instructions", action="store_true", help="do without valgrind, which takes minutes")
+    host.add_argument("--out", type=Path, metavar="FILE", help="JSON file")
     if not arguments or arguments[0].startswith("-"):
         arguments = ["run", *arguments]
     return parser.parse_args(arguments)
@@ -182,6 +193,14 @@ def _keep(file: Path, cause: str, folder: Path = RESULTS) -> int:
     return 0
 
 
+def _host(options: argparse.Namespace) -> int:
+    report = measure(options.turns, not options.no_instructions)
+    print(host_markdown(report))
+    if options.out:
+        store(report, options.out)
+    return 0
+
+
 def _diff(a: Path, b: Path) -> int:
     from .diff import diff
 
@@ -205,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _keep(options.file, options.cause)
     if options.command == "show":
         return _show(options.file)
+    if options.command == "host":
+        return _host(options)
     if options.command == "compiled":
         return _compiled(options.out)
     return _report() if options.command == "report" else _run(options)
