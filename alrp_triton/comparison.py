@@ -4,55 +4,16 @@
 
 with a row for each positive's score s_i and a column for each logit x_j. Ranks, precisions and the error-driven
 gradients of AP, aLRP and Rank & Sort Loss are products with H or with its transpose, so this is all that a loss needs.
-What runs them is the business of :mod:`alrp_triton.operators`.
+What runs them is the business of :mod:`alrp_triton.dispatch`.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import operators
+from . import dispatch
+from .backends.columns import Columns
 from .checks import check_delta, check_same_device, check_tensor, describe
 from .dispatch import Backend, check_backend
-
-
-class SortedMatrix(NamedTuple):
-    """H as the losses use it: nothing is checked, and rows are in ascending order, as :mod:`.operators` wants them.
-
-    The methods are those of :class:`ComparisonMatrix`, with ``(P,)`` in the order of the rows and float64.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    mask: Tensor | None
-    delta: float
-    backend: Backend
-    row_groups: Tensor | None = None
-    column_groups: Tensor | None = None
-
-    def matvec(self, v: Tensor | None = None) -> Tensor:
-        weights = self.mask if v is None else v
-        return operators.matvec(
-            self.rows, self.columns, weights, self.delta, self.backend, self.row_groups, self.column_groups
-        )
-
-    def rmatvec(self, w: Tensor) -> Tensor:
-        return operators.rmatvec(
-            self.rows, w, self.columns, self.mask, self.delta, self.backend, self.row_groups, self.column_groups
-        )
-
-    def among_rows(self, v: Tensor) -> Tensor:
-        return operators.among_rows(self.rows, v, self.delta, self.backend, self.row_groups)
-
-    def below_rows(self, w: Tensor) -> Tensor:
-        return operators.below_rows(self.rows, w, self.delta, self.backend, self.row_groups)
-
-    def among_grades(self, grades: Tensor) -> Tensor:
-        return operators.among_grades(self.rows, grades, self.delta, self.backend, self.row_groups)
-
-    def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
-        return operators.below_grades(self.rows, grades, w, self.delta, self.backend, self.row_groups)
 
 
 class ComparisonMatrix:
@@ -101,9 +62,12 @@ class ComparisonMatrix:
                     f"mask must have the shape of columns, {tuple(columns.shape)}, got {tuple(mask.shape)}"
                 )
         check_backend(backend, columns.device)
-        sorted_rows, self.order = operators.sort_rows(rows.detach().double(), backend)
+        self._delta, self._backend, self._shape = check_delta(delta), backend, columns.shape
+        self._rows, self.order = dispatch.sort_rows(rows.detach().double(), backend)
         """``order``: ascending, stable argsort of the rows, int64 ``(P,)``."""
-        self._matrix = SortedMatrix(sorted_rows, columns.detach(), mask, check_delta(delta), backend)
+        marks = None if mask is None else mask.reshape(-1).logical_not().view(torch.uint8)
+        self._columns = Columns(columns.detach().reshape(-1), marks)
+        self._tables = dispatch.tables_for(self._rows, None, self._columns, self._delta, backend)
 
     def _as_given(self, values: Tensor) -> Tensor:
         """Values ``(…, P)`` of the sorted rows, in the order in which the rows were given."""
@@ -112,7 +76,7 @@ class ComparisonMatrix:
     def _sorted(self, name: str, value: Tensor) -> Tensor:
         """A number for each row, in the order of the sorted ones."""
         check_tensor(name, value, "floating")
-        check_same_device(columns=self._matrix.columns, **{name: value})
+        check_same_device(columns=self._columns.values, **{name: value})
         if value.shape != self.order.shape:
             raise ValueError(f"{name} must have shape {tuple(self.order.shape)}, got {tuple(value.shape)}")
         return value.detach().double().index_select(0, self.order)
@@ -120,7 +84,7 @@ class ComparisonMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(P, N)"""
-        return self.order.numel(), self._matrix.columns.numel()
+        return self.order.numel(), self._columns.values.numel()
 
     def matvec(self, v: Tensor | None = None) -> Tensor:
         """H v: for each row the sum of H_ij v_j over the columns that take part.
@@ -132,15 +96,17 @@ class ComparisonMatrix:
         Returns:
             float64 ``(P,)``, in the order of ``rows``.
         """
-        if v is None:
-            return self._as_given(self._matrix.matvec())
-        columns, mask = self._matrix.columns, self._matrix.mask
-        check_tensor("v", v, "floating")
-        check_same_device(columns=columns, v=v)
-        if v.shape != columns.shape:
-            raise ValueError(f"v must have the shape of columns, {tuple(columns.shape)}, got {tuple(v.shape)}")
-        weights = v.detach() if mask is None else torch.where(mask, v.detach(), 0.0)
-        sums = self._matrix.matvec(weights) + weights.mul(0).sum()  # NaN if a weight is not finite
+        columns = self._columns
+        if v is not None:
+            check_tensor("v", v, "floating")
+            check_same_device(columns=columns.values, v=v)
+            if v.shape != self._shape:
+                raise ValueError(f"v must have the shape of columns, {tuple(self._shape)}, got {tuple(v.shape)}")
+            v = v.detach().reshape(-1)
+            columns = columns._replace(marks=v if columns.marks is None else torch.where(columns.marks == 0, v, 0.0))
+        sums = dispatch.matvec(self._rows, None, columns, self._delta, self._tables, self._backend)
+        if columns.weights is not None:
+            sums = sums + columns.weights.mul(0).sum()  # NaN if a weight is not finite
         return self._as_given(sums)
 
     def rmatvec(self, w: Tensor) -> Tensor:
@@ -152,7 +118,9 @@ class ComparisonMatrix:
         Returns:
             Shape and dtype of ``columns``.
         """
-        return self._matrix.rmatvec(self._sorted("w", w))
+        weights = self._sorted("w", w)
+        product = dispatch.rmatvec(self._rows, None, weights, self._columns, self._delta, self._tables, self._backend)
+        return product.reshape(self._shape)
 
     def among_rows(self, v: Tensor) -> Tensor:
         """The rows compared among themselves, in place of the columns and the mask.
@@ -165,7 +133,7 @@ class ComparisonMatrix:
             h(s_k - s_i), of h(s_k - s_i) v_k, and of v ranked: v_k for s_k > s_i and for k = i, h(0) v_k for another
             k of s_k = s_i.
         """
-        return self._as_given(self._matrix.among_rows(self._sorted("v", v)))
+        return self._as_given(dispatch.among_rows(self._rows, self._sorted("v", v), self._delta, self._backend))
 
     def below_rows(self, w: Tensor) -> Tensor:
         """The transpose of the third of :meth:`among_rows`.
@@ -177,7 +145,7 @@ class ComparisonMatrix:
             float64 ``(P,)``, in the order of ``rows``: for each row k the sum of w_i over s_i < s_k and over i = k, and
             of h(0) w_i over the other i of s_i = s_k.
         """
-        return self._as_given(self._matrix.below_rows(self._sorted("w", w)))
+        return self._as_given(dispatch.below_rows(self._rows, self._sorted("w", w), self._delta, self._backend))
 
     def among_grades(self, grades: Tensor) -> Tensor:
         """The rows compared among themselves, apart by a second order, as Rank & Sort Loss needs it.
@@ -187,10 +155,11 @@ class ComparisonMatrix:
 
         Returns:
             float64 ``(4, P)``, in the order of ``rows``: for each row i the sums of h(s_k - s_i) and of
-            h(s_k - s_i) (1 - t_k) over the rows k of t_k >= t_i, with itself; then over those of t_k < t_i. Pair by
-            pair, in blocks: O(P^2) work, O(P) memory.
+            h(s_k - s_i) (1 - t_k) over the rows k of t_k >= t_i, with itself; then over those of t_k < t_i.
         """
-        return self._as_given(self._matrix.among_grades(self._sorted("grades", grades)))
+        return self._as_given(
+            dispatch.among_grades(self._rows, self._sorted("grades", grades), self._delta, self._backend)
+        )
 
     def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
         """The transpose of the third of :meth:`among_grades`.
@@ -203,8 +172,12 @@ class ComparisonMatrix:
             float64 ``(P,)``, in the order of ``rows``: for each row k the sum of h(s_k - s_i) w_i over the rows i of
             t_i > t_k.
         """
-        return self._as_given(self._matrix.below_grades(self._sorted("grades", grades), self._sorted("w", w)))
+        return self._as_given(
+            dispatch.below_grades(
+                self._rows, self._sorted("grades", grades), self._sorted("w", w), self._delta, self._backend
+            )
+        )
 
     def __repr__(self) -> str:
         p, n = self.shape
-        return f"ComparisonMatrix({p} x {n}, {describe(self._matrix.columns)}, delta={self._matrix.delta})"
+        return f"ComparisonMatrix({p} x {n}, {describe(self._columns.values)}, delta={self._delta})"

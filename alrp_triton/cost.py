@@ -1,8 +1,8 @@
-"""The cost model that chooses between pair by pair and linear, on a GPU and on a CPU, in one place.
+"""The cost model that chooses between pair by pair and linear on a GPU: the tiled and the binned kernels.
 
-On a GPU, between the tiled and the binned kernels. The constants are those of an NVIDIA H200, for forward and backward
-pass together, fitted to the times of both at 40 sizes (``python -m bench gpu``; docs/performance.md, "Tiled or
-binned"). A test holds them to the newest result, and the choice to it: nowhere does it lose more than 5 %.
+The constants are those of an NVIDIA H200, for forward and backward pass together, fitted to the times of both at 40
+sizes (``python -m bench gpu``; docs/performance.md, "Tiled or binned"). A test holds them to the newest result, and the
+choice to it: nowhere does it lose more than 5 %.
 """
 
 TILED_NS_A_PAIR = 3.46e-4
@@ -15,13 +15,3 @@ BINNED_EXTRA_NS = 4e3
 def prefer_binned(rows: int, columns: int) -> bool:
     """Whether the model expects a product of this size to take less time in the binned kernels."""
     return TILED_NS_A_PAIR * rows * columns > BINNED_NS_A_COLUMN * columns + BINNED_EXTRA_NS
-
-
-# On a CPU with numba the tables of a product take about as long to make as so many pairs to compare, 0.2 ms (measured
-# with `python -m bench --groups small`).
-DENSE_PAIRS = 1 << 20
-
-
-def prefer_dense(rows: int, columns: int) -> bool:
-    """Whether a CPU is expected to compare so many pairs one by one in less time than the tables take."""
-    return rows * columns <= DENSE_PAIRS

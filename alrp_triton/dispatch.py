@@ -1,35 +1,37 @@
-"""Which backend computes: what the names stand for, where they can run, and how a product is made of those of groups.
+"""Which backend computes: what the names stand for, where they can run, and what each stage of a loss asks of them.
 
-The public functions from ``matvec`` on are the kernels of the operators of their names, whose contract is stated in
-:mod:`alrp_triton.operators`.
+``find``, ``count``, ``terms`` and ``spread`` are the kernels of the operators of their names, whose contract is stated
+in :mod:`alrp_triton.operators`; the functions from ``tables_for`` to ``below_grades`` are what
+:class:`alrp_triton.ComparisonMatrix` is made of.
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import pairwise
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import distributed
+from .backends import graded
+from .backends.columns import Columns
+from .backends.segments import bounds_of
 from .checks import check_ious, check_marks
-from .cost import prefer_binned, prefer_dense
+from .cost import prefer_binned
 
-Backend = Literal[
-    "auto", "torch", "numba", "numba_dense", "numba_binned", "triton", "triton_tiled", "triton_binned"
-]  # fmt: skip
+Backend = Literal["auto", "torch", "numba", "triton", "triton_tiled", "triton_binned"]
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 
-_MODULES = {
+_PRODUCTS = {
     "torch": "torch_binned",
-    "numba_dense": "numba_dense",
-    "numba_binned": "numba_binned",
+    "numba": "numba_binned",
     "triton_tiled": "triton_tiled",
     "triton_binned": "triton_binned",
 }
+_POSITIVES = {"torch": "positives", "numba": "numba_positives"}
 # Before 3.4 Triton hands a kernel's float64 arguments, delta among them, over as float32.
 _LEAST_TRITON = (3, 4)
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -77,224 +79,249 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
-    """The backend that runs a product; what ``"auto"``, ``"numba"`` and ``"triton"`` stand for is stated here."""
+    """The backend that runs a product; what ``"auto"`` and ``"triton"`` stand for is stated here."""
     if backend == "auto":
         if device_type == "cuda":  # ROCm builds of torch call their devices so, too
             backend = "torch" if _triton_lacks() else "triton"
         else:
             backend = "numba" if device_type == "cpu" and _HAS_NUMBA else "torch"
-    if backend == "numba":
-        backend = "numba_dense" if prefer_dense(rows, columns) else "numba_binned"
     if backend == "triton":
         backend = "triton_binned" if prefer_binned(rows, columns) else "triton_tiled"
     return backend
 
 
-def _of_rows(rows: Tensor, backend: str) -> ModuleType:
-    """The module for the rows among themselves: of the linear algorithm there is one that is fast enough for all."""
-    backend = resolve(backend, rows.device.type, rows.numel(), 3 * rows.numel())  # there are three sums
-    pairwise = {"numba_dense": "numba_dense", "triton_tiled": "triton_tiled", "triton_binned": "triton_tiled"}
-    return _module(pairwise.get(backend, "knots"))
-
-
-def _family(backend: str, like: Tensor) -> str:
-    """torch, numba or triton, for what each of them does in one way only."""
+def family(backend: str, like: Tensor) -> str:
+    """torch, numba or triton: what most is done by in one way only."""
     return resolve(backend, like.device.type, 1, 1).partition("_")[0]
 
 
-def _blocks(row_groups: Tensor) -> list[tuple[int, slice]]:
-    """The groups that have rows, and where those are. The host reads it: on a GPU it waits for the device."""
-    groups, ends = row_groups.unique_consecutive(return_counts=True)
-    ends = ends.cumsum(0).tolist()
-    return [(group, slice(*where)) for group, where in zip(groups.tolist(), pairwise([0, *ends]), strict=True)]
+def _products(rows: Tensor, columns: Columns, backend: str) -> ModuleType:
+    return _module(_PRODUCTS[resolve(backend, rows.device.type, rows.numel(), columns.values.numel())])
 
 
-class _Columns:
-    """The columns by group: ``column_groups`` has an entry for each of so many equal runs of them."""
-
-    def __init__(self, column_groups: Tensor) -> None:
-        groups = column_groups.reshape(-1)
-        self.runs = groups.numel()
-        self.order: Tensor | None = None
-        if bool((groups[1:] < groups[:-1]).any()):
-            groups, self.order = groups.sort(stable=True)
-        self.groups = groups
-
-    def __getitem__(self, group: int) -> slice | Tensor:
-        """The runs of a group."""
-        begin, end = (int(torch.searchsorted(self.groups, group, side=side)) for side in ("left", "right"))
-        return slice(begin, end) if self.order is None else self.order[begin:end]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """With a row for each run."""
-        return tensor.reshape(self.runs, -1)
+def columns_of(logits: Tensor, marks: Tensor | None, num_classes: int | None, groups: Tensor | None) -> Columns:
+    """What the backends compare with rows; marks of one byte, or floats, need no number of classes."""
+    of_anchors = marks is not None and marks.dtype == torch.int32
+    return Columns(logits, marks, num_classes if of_anchors else None, groups)
 
 
-def _by_block(kernel: Callable[..., Tensor], row_groups: Tensor, *of_rows: Tensor) -> Tensor:
-    """What a kernel makes of vectors of the rows, ``(..., P)``, of those of each group by themselves."""
-    return torch.cat([kernel(*(v[here] for v in of_rows)) for _, here in _blocks(row_groups)], -1)
+def empty_tables(rows: Tensor, row_groups: Tensor | None, columns: Columns, backend: str) -> list[Tensor]:
+    """What a backend keeps of its rows from one product to the next, uninitialised; the same for a whole family."""
+    module = {"torch": "torch_binned", "numba": "numba_binned", "triton": "triton_binned"}[family(backend, rows)]
+    return _module(module).empty_tables(rows, row_groups is not None, columns)
+
+
+def tables_for(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, backend: str) -> list[Tensor]:
+    tables = empty_tables(rows, row_groups, columns, backend)
+    if rows.numel() and columns.values.numel():
+        _products(rows, columns, backend).fill_tables(tables, rows, row_groups, columns, delta)
+    return tables
+
+
+def matvec(
+    rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, tables: list[Tensor], backend: str
+) -> Tensor:
+    """H v, float64 ``(P,)``."""
+    if rows.numel() == 0 or columns.values.numel() == 0:
+        return torch.zeros_like(rows)
+    return _products(rows, columns, backend).matvec(rows, row_groups, columns, delta, tables)
+
+
+def rmatvec(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    weights: Tensor,
+    columns: Columns,
+    delta: float,
+    tables: list[Tensor],
+    backend: str,
+) -> Tensor:
+    """H^T w, ``(N,)``, in the dtype of the columns; 0 where a column does not count."""
+    if rows.numel() == 0 or columns.values.numel() == 0:
+        return torch.zeros_like(columns.values)
+    return _products(rows, columns, backend).rmatvec(rows, row_groups, weights, columns, delta, tables)
+
+
+def _by_numpy(kernel: Callable[..., Any], rows: Tensor, row_groups: Tensor | None, *of_rows: Tensor) -> Any:
+    """A kernel for arrays of the rows, called with those and the bounds of the segments."""
+    return kernel(*(vector.cpu().numpy() for vector in (rows, *of_rows)), bounds_of(row_groups, rows.numel()))
+
+
+def among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
+    """H 1, H v and R v, float64 ``(3, P)``, of the rows' own matrix and of their ranking."""
+    if rows.numel() == 0:
+        return rows.new_zeros(3, 0)
+    if family(backend, rows) == "triton":
+        return _module("triton_positives").among_rows(rows, None, values, delta)
+    kernel = partial(_module(_POSITIVES[family(backend, rows)]).among_rows, delta=delta)
+    return torch.from_numpy(_by_numpy(kernel, rows, None, values)).to(rows.device)
+
+
+def below_rows(rows: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
+    """R^T w, float64 ``(P,)``."""
+    if rows.numel() == 0:
+        return torch.zeros_like(rows)
+    if family(backend, rows) == "triton":
+        places = torch.arange(rows.numel(), device=rows.device)
+        return _module("triton_positives").below_rows(rows, None, weights, places, delta)
+    kernel = partial(_module(_POSITIVES[family(backend, rows)]).below_rows, delta=delta)
+    return torch.from_numpy(_by_numpy(kernel, rows, None, weights)).to(rows.device)
+
+
+def among_grades(rows: Tensor, grades: Tensor, delta: float, backend: str) -> Tensor:
+    """Sums of H and of H (1 - t) over the rows of no lower, and of lower grade, float64 ``(4, P)``."""
+    if rows.numel() == 0:
+        return rows.new_zeros(4, 0)
+    if family(backend, rows) == "triton":
+        return _module("triton_positives").among_grades(rows, None, grades, delta)
+    return torch.from_numpy(_by_numpy(partial(graded.among_grades, delta=delta), rows, None, grades)).to(rows.device)
+
+
+def below_grades(rows: Tensor, grades: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
+    """The transpose of the third of those, float64 ``(P,)``."""
+    if rows.numel() == 0:
+        return torch.zeros_like(rows)
+    if family(backend, rows) == "triton":
+        places = torch.arange(rows.numel(), device=rows.device)
+        return _module("triton_positives").below_grades(rows, None, grades, weights, places, delta)
+    kernel = partial(graded.below_grades, delta=delta)
+    return torch.from_numpy(_by_numpy(kernel, rows, None, grades, weights)).to(rows.device)
 
 
 def sort_rows(scores: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if _family(backend, scores) == "triton" and scores.numel() <= (sorting := _module("triton_sort")).MOST:
+    """Scores in ascending order, NaN last, and the place that each had, int64; stable."""
+    if family(backend, scores) == "triton" and scores.numel() <= (sorting := _module("triton_sort")).MOST:
         return sorting.sort_rows(scores)
     if scores.is_cuda:  # there sort() takes a NaN with its sign set, as a cast to bfloat16 makes, for the least number
         scores = scores.nan_to_num(torch.nan, torch.inf, -torch.inf)
     return scores.sort(stable=True)
 
 
-def matvec(
-    rows: Tensor,
-    columns: Tensor,
-    weights: Tensor | None,
-    delta: float,
-    backend: str,
-    row_groups: Tensor | None = None,
-    column_groups: Tensor | None = None,
-) -> Tensor:
-    if rows.numel() == 0 or columns.numel() == 0:
-        return torch.zeros_like(rows)
-    if row_groups is None or column_groups is None:
-        backend = resolve(backend, rows.device.type, rows.numel(), columns.numel())
-        return _module(_MODULES[backend]).matvec(rows, columns, weights, delta)
-    runs = _Columns(column_groups)
-    sums = [
-        matvec(
-            rows[here],
-            runs.of(columns)[runs[group]],
-            None if weights is None else runs.of(weights)[runs[group]],
-            delta,
-            backend,
-        )
-        for group, here in _blocks(row_groups)
-    ]
-    return torch.cat(sums)
-
-
-def rmatvec(
-    rows: Tensor,
-    weights: Tensor,
-    columns: Tensor,
-    mask: Tensor | None,
-    delta: float,
-    backend: str,
-    row_groups: Tensor | None = None,
-    column_groups: Tensor | None = None,
-) -> Tensor:
-    if rows.numel() == 0 or columns.numel() == 0:
-        return torch.zeros_like(columns, memory_format=torch.contiguous_format)
-    if row_groups is None or column_groups is None:
-        backend = resolve(backend, rows.device.type, rows.numel(), columns.numel())
-        return _module(_MODULES[backend]).rmatvec(rows, weights, columns, mask, delta)
-    result = torch.zeros_like(columns, memory_format=torch.contiguous_format)
-    runs = _Columns(column_groups)
-    for group, here in _blocks(row_groups):
-        those = runs[group]
-        keep = None if mask is None else runs.of(mask)[those]
-        runs.of(result)[those] = rmatvec(rows[here], weights[here], runs.of(columns)[those], keep, delta, backend)
-    return result
-
-
-def among_rows(rows: Tensor, values: Tensor, delta: float, backend: str, row_groups: Tensor | None = None) -> Tensor:
-    if rows.numel() == 0:
-        return rows.new_zeros(3, 0)
-    if row_groups is not None:
-        return _by_block(partial(among_rows, delta=delta, backend=backend), row_groups, rows, values)
-    return _of_rows(rows, backend).among_rows(rows, values, delta)
-
-
-def below_rows(rows: Tensor, weights: Tensor, delta: float, backend: str, row_groups: Tensor | None = None) -> Tensor:
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    if row_groups is not None:
-        return _by_block(partial(below_rows, delta=delta, backend=backend), row_groups, rows, weights)
-    return _of_rows(rows, backend).below_rows(rows, weights, delta)
-
-
-def among_grades(rows: Tensor, grades: Tensor, delta: float, backend: str, row_groups: Tensor | None = None) -> Tensor:
-    if rows.numel() == 0:
-        return rows.new_zeros(4, 0)
-    if row_groups is not None:
-        return _by_block(partial(among_grades, delta=delta, backend=backend), row_groups, rows, grades)
-    return _module(f"{_family(backend, rows)}_graded").among_grades(rows, grades, delta)
-
-
-def below_grades(
-    rows: Tensor, grades: Tensor, weights: Tensor, delta: float, backend: str, row_groups: Tensor | None = None
-) -> Tensor:
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    if row_groups is not None:
-        return _by_block(partial(below_grades, delta=delta, backend=backend), row_groups, rows, grades, weights)
-    return _module(f"{_family(backend, rows)}_graded").below_grades(rows, grades, weights, delta)
-
-
-def _losses(backend: str, like: Tensor) -> ModuleType:
-    return _module("triton_losses" if _family(backend, like) == "triton" else "losses")
-
-
-def alrp_terms(
-    false_positives: Tensor,
-    among: Tensor,
-    box_errors: Tensor,
-    order: Tensor,
-    at_zero: float,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
+def ranked(
+    scores: Tensor, values: Tensor, groups: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = _losses(backend, among)
-    return module.alrp_terms(false_positives, among, box_errors, order, at_zero, eps, dtype)
+    """Rows made of scores in any order, their values, their groups (empty: there is one), and the places they had."""
+    rows, order = sort_rows(scores, backend)
+    if groups is None:
+        return rows, values.index_select(0, order), order.new_empty(0), order
+    groups, by_group = groups.index_select(0, order).sort(stable=True)
+    order = order.index_select(0, by_group)
+    return rows.index_select(0, by_group), values.index_select(0, order), groups, order
 
 
-def ap_terms(
-    false_positives: Tensor,
-    positives_above: Tensor,
-    at_zero: float,
-    interpolate: bool,
-    dtype: torch.dtype,
-    backend: str,
-    row_groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    kernel = _losses(backend, false_positives).ap_terms
-    if row_groups is None or not interpolate or row_groups.numel() == 0:
-        return kernel(false_positives, positives_above, at_zero, interpolate, dtype)
-    # The greatest precision so far is that of a group. A group's means count as often as it has positives.
-    loss, updates, count = false_positives.new_zeros(()), list[Tensor](), row_groups.numel()
-    for _, here in _blocks(row_groups):
-        mean, update = kernel(false_positives[here], positives_above[here], at_zero, interpolate, torch.float64)
-        part = (here.stop - here.start) / count
-        loss += mean * part
-        updates.append(update * part)
-    return loss.to(dtype), torch.cat(updates, -1)
-
-
-def rank_sort_terms(
-    false_positives: Tensor, among: Tensor, eps: float, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _losses(backend, among).rank_sort_terms(false_positives, among, eps, dtype)
-
-
-def classify(
+def find(
+    logits: Tensor,
     targets: Tensor,
+    values: Tensor | None,
+    groups: Tensor | None,
     num_classes: int | None,
     background: int,
     ignore_index: int,
     graded: bool,
+    ious: bool,
     count: int | None,
     source: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_backend(backend, targets.device)
-    kernel = _module(f"{'torch' if targets.numel() == 0 else _family(backend, targets)}_targets").classify
+    if ious and values is not None:
+        check_ious(values)
+    read = _module(f"{'torch' if targets.numel() == 0 else family(backend, targets)}_targets").read
     form = num_classes, background, ignore_index, graded
     if count is None:
-        count = int(kernel(targets, *form, 0)[2][0])
-    negatives, positives, status = kernel(targets, *form, count)
+        count = int(read(targets, *form, 0)[2][0])
+    positives, marks, status = read(targets, *form, count)
     check_marks(targets, *form, count, source, status)
-    return negatives, positives
+    scores = logits.index_select(0, positives).double()
+    if values is None:
+        values = targets.reshape(-1).index_select(0, positives) if graded else torch.zeros_like(scores)
+    of_rows = None
+    if groups is not None:
+        of_rows = groups.index_select(0, positives // max(logits.numel() // max(groups.numel(), 1), 1))
+    marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
+    return positives, marks, *ranked(scores, values.double(), of_rows, backend)
 
 
-def checked_ious(ious: Tensor) -> Tensor:
-    check_ious(ious)
-    return ious.clone()
+def gather_positives(
+    rows: Tensor,
+    values: Tensor,
+    row_groups: Tensor | None,
+    order: Tensor,
+    collectives: Tensor,
+    call: str,
+    process_group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def as_given(of_rows: Tensor) -> Tensor:
+        return torch.empty_like(of_rows).index_copy_(0, order, of_rows)
+
+    own_groups = None if row_groups is None else as_given(row_groups)
+    scores, values, groups, mine = distributed.gather(as_given(rows), as_given(values), own_groups, call, process_group)
+    return *ranked(scores, values, groups, backend), mine
+
+
+def count(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    logits: Tensor,
+    marks: Tensor | None,
+    num_classes: int | None,
+    groups: Tensor | None,
+    delta: float,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    columns = columns_of(logits, marks, num_classes, groups)
+    tables = tables_for(rows, row_groups, columns, delta, backend)
+    return matvec(rows, row_groups, columns, delta, tables, backend), tables
+
+
+def terms(
+    loss: str,
+    rows: Tensor,
+    row_groups: Tensor | None,
+    values: Tensor,
+    order: Tensor,
+    false_positives: Tensor,
+    delta: float,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p, kind = rows.numel(), family(backend, rows)
+    if p == 0:
+        first, second, rank = (rows.new_zeros(shape, dtype=dtype) for shape in ((), (), 0))
+        return first, second, rank, rows.new_zeros(2, 0), torch.zeros_like(rows), rows.new_zeros(0)
+    if kind == "triton":
+        return _module("triton_positives").terms(
+            loss, rows, row_groups, values, order, false_positives, delta, eps, dtype
+        )
+    kernel = partial(_module(_POSITIVES[kind]).terms, loss, delta=delta, eps=eps)
+    results = _by_numpy(kernel, rows, row_groups, values, order, false_positives)
+    losses, rank, *others = (torch.from_numpy(result) for result in results)
+    in_dtype = (losses[0].to(dtype, copy=True), losses[1].to(dtype, copy=True), rank.to(dtype))
+    return tuple(result.to(rows.device) for result in (*in_dtype, *others))  # pyright: ignore[reportReturnType]
+
+
+def spread(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    share: Tensor,
+    own: Tensor,
+    positives: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    logits: Tensor,
+    marks: Tensor | None,
+    num_classes: int | None,
+    groups: Tensor | None,
+    tables: list[Tensor],
+    delta: float,
+    backend: str,
+) -> Tensor:
+    if first is None:  # the second loss leaves the negatives alone
+        grad = torch.zeros_like(logits)
+    else:
+        columns = columns_of(logits, marks, num_classes, groups)
+        grad = rmatvec(rows, row_groups, share * first, columns, delta, tables, backend)
+    pulls = [pull * scale for pull, scale in zip(own.unbind(), (first, second), strict=True) if scale is not None]
+    return grad.index_copy_(0, positives, sum(pulls[1:], pulls[0]).to(grad.dtype))

@@ -25,7 +25,7 @@ _AT = 8
 _GAVE_UP = -1
 _calls = WeakKeyDictionary[ProcessGroup, int]()  # of each group, so that a call is never taken for the next one
 
-ORDER = torch.zeros((), dtype=torch.int64, device="cpu")
+COLLECTIVES = torch.zeros((), dtype=torch.int64, device="cpu")
 """``gather_positives`` reads it, and ``sum_over_ranks`` writes to it. So a compiler can neither drop a call nor let two
 of them change places: other processes wait for them, in their order."""
 
@@ -136,9 +136,9 @@ def _tell(process_group: ProcessGroup | None, error: str, device: torch.device) 
             _counts(_GAVE_UP, error, _group(name), device)
 
 
-def gather_positives(
-    scores: Tensor, values: Tensor, groups: Tensor | None, order: Tensor, call: str, process_group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gather(
+    scores: Tensor, values: Tensor, groups: Tensor | None, call: str, process_group: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What all processes know of their positives, rank after rank.
 
     On the wire, from each process to all others: 256 bytes, then 16 bytes for each positive of the process that has
@@ -148,13 +148,11 @@ def gather_positives(
         scores: float64 ``(own P,)``.
         values: float64 ``(own P,)``.
         groups: int64 ``(own P,)``, or None.
-        order: :data:`ORDER`.
         call: what was called, with its settings; has to be the same everywhere.
         process_group: name of the group.
 
     Returns:
-        Scores, values and groups (empty if there are none), ``(P,)`` each; and int64 ``(own P,)``, where among them
-        those of this process are.
+        Scores, values and groups, ``(P,)`` each; and int64 ``(own P,)``, where among them those of this process are.
 
     Raises:
         ValueError: the processes did not call the same.
@@ -169,13 +167,12 @@ def gather_positives(
     numbers = torch.cat([part[:, :count] for part, count in zip(received, counts, strict=True)], 1)
     first = sum(counts[: group.rank()])
     mine = torch.arange(first, first + own, device=scores.device)
-    everybodys = [row.clone() for row in numbers] + ([numbers.new_empty(0)] if groups is None else [])
-    return everybodys[0].view(torch.float64), everybodys[1].view(torch.float64), everybodys[2], mine
+    return numbers[0].view(torch.float64), numbers[1].view(torch.float64), None if groups is None else numbers[2], mine
 
 
-def sum_over_ranks(numbers: Tensor, order: Tensor, process_group: str) -> Tensor:
+def sum_over_ranks(numbers: Tensor, collectives: Tensor, process_group: str) -> Tensor:
     """The sum over all processes, the same on each of them; 8 bytes a number and process on the wire, or twice that."""
-    order.add_(1)
+    collectives.add_(1)
     total = numbers.clone()
     if total.numel():
         dist.all_reduce(total, group=_group(process_group))

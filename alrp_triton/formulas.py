@@ -1,8 +1,8 @@
 """The losses' formulas for a positive, each stated once and run by NumPy and by Triton.
 
 They take float64 arrays of any one kind with an element for each positive, and work element by element with operators
-and ``where(condition, this, that)``, which the caller brings. So :mod:`.backends.losses` calls them with NumPy arrays,
-and :mod:`.backends.triton_losses` compiles the same text into a kernel.
+and ``where(condition, this, that)``, which the caller brings. So :mod:`.backends.positives` calls them with NumPy
+arrays, and numba (:mod:`.backends.numba_positives`) and Triton (:mod:`.backends.triton_positives`) compile the text.
 """
 
 # Triton's compiler reads annotations too, and knows none that NumPy has.

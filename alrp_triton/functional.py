@@ -1,13 +1,11 @@
-"""Ranking losses as functions: check the input, classify the targets, apply."""
+"""Ranking losses as functions: check the input, tell the form of the targets, run the stages."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from . import autograd, operators
-from .autograd import Formula, Settings
+from .autograd import Positives, Settings, ranking_loss
 from .checks import (
     check_bool,
     check_delta,
@@ -20,7 +18,7 @@ from .checks import (
 from .dispatch import Backend, check_backend_name
 from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size, tells_the_others
 from .hints import hint
-from .targets import IGNORE_INDEX, check_form, check_groups, classify
+from .targets import IGNORE_INDEX, check_form, check_groups
 
 DELTA = 1.0
 EPS = 1e-5
@@ -78,8 +76,8 @@ class RankSortLossOutput(NamedTuple):
 
 
 def _settings(
+    name: str,
     loss: str,
-    formula: Formula,
     logits: Tensor,
     groups: Tensor | None,
     delta: float,
@@ -92,11 +90,11 @@ def _settings(
     delta, eps = check_delta(delta), check_number("eps", eps, 0.0, math.inf)
     check_groups(logits, groups)
     check_gradient_reduction(gradient_reduction)
-    name, size = name_and_size(process_group)
+    group, size = name_and_size(process_group)
     call = ""
-    if name:
-        call = f"{loss}(delta={delta}, eps={eps}, {gradient_reduction!r}) with{'out' * (groups is None)} groups"
-    return Settings(formula, call, delta, eps, backend, name, float(size) if gradient_reduction == "mean" else 1.0)
+    if group:
+        call = f"{name}(delta={delta}, eps={eps}, {gradient_reduction!r}) with{'out' * (groups is None)} groups"
+    return Settings(loss, call, delta, eps, backend, group, float(size) if gradient_reduction == "mean" else 1.0)
 
 
 def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
@@ -146,7 +144,8 @@ def alrp_loss(
             Dense: the shape of ``logits``, any integer, bool or floating dtype; 1 positive, 0 negative, -1 ignored.
             Class indices: ``logits.shape[:-1]`` for C = ``logits.shape[-1]`` classes, any integer dtype; the class of
             an anchor, in [0, C), makes that logit positive and the anchor's other logits negative; ``background`` makes
-            all of them negative; ``ignore_index`` leaves all of them out.
+            all of them negative; ``ignore_index`` leaves all of them out. Dense targets of one byte (int8, uint8, bool)
+            are read once more for the gradient: they have to stay as they are until then.
         box_errors: localisation errors E of the positives, ``(P,)``, in the order of their flat index in ``logits``,
             floating; (1 - IoU) / (1 - tau), see :func:`alrp_triton.localisation_error`. May require no gradient.
         delta: half-width of the step, the loss' one hyperparameter; 0 (a hard step) or in [2**-126, 2**125].
@@ -201,15 +200,11 @@ def alrp_loss(
         Object Detection", NeurIPS 2020, arXiv:2009.13592; Section 4, Theorems 1 and 2.
     """
     _check_logits_and("box_errors", logits, box_errors)
-    settings = _settings(
-        "alrp_loss", autograd.alrp, logits, groups, delta, eps, backend, process_group, gradient_reduction
-    )
+    settings = _settings("alrp_loss", "alrp", logits, groups, delta, eps, backend, process_group, gradient_reduction)
     form = check_form(logits, targets, background, ignore_index)
     hint(logits)
-    negatives, positives = classify(targets, form, box_errors.numel(), "box_errors", backend)
-    classification, localisation, rank, order = autograd.ranking_loss(
-        logits, box_errors, negatives, positives, groups, settings
-    )
+    known = Positives(box_errors, box_errors.numel(), "box_errors")
+    classification, localisation, rank, order = ranking_loss(logits, targets, form, known, groups, settings)
     return ALRPLossOutput(classification, localisation, PositiveRanks(rank, order))
 
 
@@ -277,13 +272,11 @@ def ap_loss(
     check_bool("interpolate", interpolate)
     if num_positives is not None:
         num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
-    formula, loss = partial(autograd.ap, interpolate=interpolate), f"{'interpolated ' * interpolate}ap_loss"
-    settings = _settings(loss, formula, logits, groups, delta, 0.0, backend, process_group, gradient_reduction)
+    name, loss = ("interpolated ap_loss", "interpolated_ap") if interpolate else ("ap_loss", "ap")
+    settings = _settings(name, loss, logits, groups, delta, 0.0, backend, process_group, gradient_reduction)
     form = check_form(logits, targets, background, ignore_index)
     hint(logits)
-    negatives, positives = classify(targets, form, num_positives, "num_positives", backend)
-    nothing = logits.new_zeros(positives.numel())
-    return autograd.ranking_loss(logits, nothing, negatives, positives, groups, settings)[0]
+    return ranking_loss(logits, targets, form, Positives(None, num_positives, "num_positives"), groups, settings)[0]
 
 
 @tells_the_others
@@ -341,7 +334,7 @@ def rank_sort_loss(
     Returns:
         RankSortLossOutput: ``ranking`` and ``sorting``, 0-d, in the widest dtype of logits, IoUs and float32.
 
-    Positives are compared with positives pair by pair: O(P^2) work, in blocks of O(P) memory.
+    Positives are compared with positives in O(P log P) work on a CPU, and pair by pair on a GPU by Triton.
 
     Defined behaviour: that of :func:`alrp_loss` for no positives, no negatives, ties and second derivatives. NaN in a
     negative's logit makes ``ranking`` NaN and all gradients that come of it; a positive's logit that is not finite, and
@@ -365,14 +358,11 @@ def rank_sort_loss(
     elif num_positives is not None:
         num_positives = check_integer("num_positives", num_positives, 0, logits.numel())
     settings = _settings(
-        "rank_sort_loss", autograd.rank_sort, logits, groups, delta, eps, backend, process_group, gradient_reduction
+        "rank_sort_loss", "rank_sort", logits, groups, delta, eps, backend, process_group, gradient_reduction
     )
     form = check_form(logits, targets, background, ignore_index, graded=ious is None)
     hint(logits)
-    known = (num_positives, "num_positives") if ious is None else (ious.numel(), "ious")
+    known = Positives(None, num_positives, "num_positives")
     if ious is not None:
-        ious = operators.checked_ious(ious.detach())
-    negatives, positives = classify(targets, form, *known, backend)
-    if ious is None:
-        ious = targets.detach().reshape(-1).index_select(0, positives)
-    return RankSortLossOutput(*autograd.ranking_loss(logits, ious, negatives, positives, groups, settings)[:2])
+        known = Positives(ious.detach(), ious.numel(), "ious", ious=True)
+    return RankSortLossOutput(*ranking_loss(logits, targets, form, known, groups, settings))

@@ -1,4 +1,4 @@
-"""Who is a positive, a negative or ignored: the two forms of targets, turned into a mask and flat indices."""
+"""The forms of targets, which say who is a positive, a negative or ignored."""
 
 from typing import NamedTuple
 
@@ -73,15 +73,16 @@ def check_form(
     return TargetForm(num_classes, background, int(ignore_index), False)
 
 
-def classify(
-    targets: Tensor, form: TargetForm, count: int | None, source: str, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Mask of the negatives, bool ``(N,)``, and flat indices of the positives in the logits, int64 ``(P,)``, ascending.
+def positives_of(
+    logits: Tensor, targets: Tensor, form: TargetForm, count: int, source: str, backend: Backend
+) -> Tensor:
+    """Flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
     Args:
+        logits: any shape.
         targets: as :func:`check_form` found them.
         form: what it told.
-        count: P, as the caller knows it; None: not known, and on a GPU the host waits to learn it.
+        count: P, as the caller knows it.
         source: the argument from which the caller knows it, for the error.
         backend: which one reads the targets.
 
@@ -89,8 +90,8 @@ def classify(
         ValueError: values of targets that mean nothing, or another number of positives than ``count``. On a GPU an
             asynchronous device assertion, for the host does not wait for the device.
     """
-    read = operators.classify if count is not None else operators.of_unknown_size(operators.classify)
-    return read(targets.detach(), *form, count, source, backend)
+    flat = logits.detach().reshape(-1)
+    return operators.find(flat, targets.detach(), None, None, *form, False, count, source, backend)[0]
 
 
 def check_groups(logits: Tensor, groups: Tensor | None) -> None:

@@ -13,8 +13,7 @@ from triton.compiler import ASTSource
 
 from alrp_triton.backends import (
     triton_binned,
-    triton_graded,
-    triton_losses,
+    triton_positives,
     triton_sort,
     triton_targets,
     triton_tiled,
@@ -34,14 +33,15 @@ COLUMN_DTYPES = ("fp32", "fp64", "bf16", "fp16")
 _TYPES = {
     "P": "i32", "M": "i32", "N": "i64", "span": "i64", "copies": "i32", "count": "i32", "anchors": "i64",
     "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
-    "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "mask_ptr": "*u8",
+    "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "marks_ptr": "*u8",
     "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "lut_ptr": "*i32", "most_ptr": "*i32", "rise_ptr": "*i32",
-    "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64", "box_errors_ptr": "*fp64",
-    "order_ptr": "*i64", "classification_ptr": "*fp32", "localisation_ptr": "*fp32", "rank_ptr": "*fp32",
-    "update_ptr": "*fp64", "at_zero": "fp64", "eps": "fp64", "above_ptr": "*fp64", "grades_ptr": "*fp64",
-    "keys_ptr": "*fp64", "sorted_ptr": "*fp64", "loss_ptr": "*fp32", "ranking_ptr": "*fp32", "sorting_ptr": "*fp32",
-    "table_ptr": "*i64", "targets_ptr": "*i64", "negatives_ptr": "*i8", "positives_ptr": "*i64", "status_ptr": "*i64",
+    "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
+    "order_ptr": "*i64", "first_ptr": "*fp32", "second_ptr": "*fp32", "rank_ptr": "*fp32",
+    "own_ptr": "*fp64", "share_ptr": "*fp64", "pulls_ptr": "*fp64", "groups_ptr": "*i64",
+    "at_zero": "fp64", "eps": "fp64", "grades_ptr": "*fp64",
+    "keys_ptr": "*fp64", "sorted_ptr": "*fp64",
+    "table_ptr": "*i64", "targets_ptr": "*i64", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
 
@@ -67,14 +67,14 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
     transpose = triton_tiled.TRANSPOSE_TILE[working]
     block, tile = {"BLOCK": triton_binned.BLOCK[working]}, triton_binned.TILE
-    mask, shares = {"weights_ptr": "*u8"}, {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
+    shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
     per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
     for step, hard in (("", False), (" hard", True)):
         flag = {"HARD": hard}
         found |= {
             f"tiled matvec{step}": Kernel(
-                triton_tiled.matvec_kernel, forward[working] | flag, mask, triton_tiled.WARPS, "pair"
+                triton_tiled.matvec_kernel, forward[working] | flag, {}, triton_tiled.WARPS, "pair"
             ),
             f"tiled rmatvec{step}": Kernel(
                 triton_tiled.rmatvec_kernel, transpose | flag, shares, triton_tiled.WARPS, "pair"
@@ -86,7 +86,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_tiled.WARPS,
             ),
             f"binned count{step}": Kernel(
-                triton_binned.count_kernel, block | flag, mask, triton_binned.WARPS, *per_column
+                triton_binned.count_kernel, block | flag, {}, triton_binned.WARPS, *per_column
             ),
             f"binned evaluate{step}": Kernel(
                 triton_binned.evaluate_kernel, block | flag, {}, triton_binned.WARPS, *per_column
@@ -102,20 +102,25 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     found["binned knots"] = Kernel(triton_binned.knots_kernel, {"BLOCK": 128}, {}, triton_binned.WARPS)
     found["binned table"] = Kernel(triton_binned.lut_kernel, {"BLOCK": 256}, {}, triton_binned.WARPS)
     if columns == "fp32":
-        among, out = triton_tiled.AMONG_TILE, {"out_ptr": "*fp64"}
-        terms = {"BLOCK": triton_losses.BLOCK}
-        for step, hard in (("", False), (" hard", True)):
-            tile = triton_graded.TILE | {"HARD": hard}
-            flag = among | {"HARD": hard}
-            found[f"among rows{step}"] = Kernel(triton_tiled.among_rows_kernel, flag, out, triton_tiled.WARPS)
-            found[f"below rows{step}"] = Kernel(triton_tiled.below_rows_kernel, flag, out, triton_tiled.WARPS)
-            found[f"among grades{step}"] = Kernel(triton_graded.among_grades_kernel, tile, out, triton_graded.WARPS)
-            found[f"below grades{step}"] = Kernel(triton_graded.below_grades_kernel, tile, out, triton_graded.WARPS)
+        rows, out = triton_positives, {"out_ptr": "*fp64"}
         dense = {"SIGNED": True, "GRADED": False, "BLOCK": triton_targets.BLOCK}
+        # With groups what they add is in the code; without, it is not.
+        for step, hard, groups in (("", False, {}), (" hard", True, {}), (" in groups", False, {"groups_ptr": "*i64"})):
+            among, graded = ({**tile, "HARD": hard} for tile in (rows.AMONG_TILE, rows.GRADED_TILE))
+            if not groups:
+                among, graded = among | {"groups_ptr": None}, graded | {"groups_ptr": None}
+            found |= {
+                f"among rows{step}": Kernel(rows.among_rows_kernel, among, out, rows.WARPS),
+                f"below rows{step}": Kernel(rows.below_rows_kernel, among, out, rows.WARPS),
+                f"among grades{step}": Kernel(rows.among_grades_kernel, graded, out, rows.WARPS),
+                f"below grades{step}": Kernel(rows.below_grades_kernel, graded, out, rows.WARPS),
+            }
+        for loss, number in rows.LOSSES.items():
+            terms = {"LOSS": number, "BLOCK": rows.BLOCK}
+            found[f"{loss} terms"] = Kernel(rows.terms_kernel, terms | {"groups_ptr": None}, {}, rows.WARPS)
+        terms = {"LOSS": rows.LOSSES["interpolated_ap"], "BLOCK": rows.BLOCK}
+        found["interpolated_ap terms in groups"] = Kernel(rows.terms_kernel, terms, {}, rows.WARPS)
         found |= {
-            "alrp terms": Kernel(triton_losses.alrp_kernel, terms, {}, triton_losses.WARPS),
-            "ap terms": Kernel(triton_losses.ap_kernel, terms | {"INTERPOLATE": True}, {}, triton_losses.WARPS),
-            "rank sort terms": Kernel(triton_losses.rank_sort_kernel, terms, {}, triton_losses.WARPS),
             "sort": Kernel(triton_sort.sort_kernel, triton_sort.TILE, {}, triton_sort.WARPS),
             "targets dense": Kernel(
                 triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK

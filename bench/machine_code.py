@@ -45,7 +45,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 # Arrays with an element for each logit, or target, of a kernel of such a unit; the others are of the size of P.
-_LONG_ARRAYS = ("columns_ptr", "weights_ptr", "mask_ptr", "out_ptr", "targets_ptr", "negatives_ptr")
+_LONG_ARRAYS = ("columns_ptr", "marks_ptr", "weights_ptr", "out_ptr", "targets_ptr")
 _POINTER = re.compile(
     r"(%\S+) = tt\.(addptr|splat|broadcast|expand_dims) (%[\w#]+)"
     r"(?:, %[\w#-]+ : \S+, (?:tensor<[\dx]*)?(i\d+))?"

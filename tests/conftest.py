@@ -27,7 +27,7 @@ def version_of(package: str) -> tuple[int, ...] | None:
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = version_of("triton")
-BACKENDS = ("torch", "numba_dense", "numba_binned", "triton_tiled", "triton_binned")
+BACKENDS = ("torch", "numba", "triton_tiled", "triton_binned")
 
 
 def environment_for(device_type: str) -> dict[str, str]:

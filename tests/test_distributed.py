@@ -123,9 +123,10 @@ def test_one_process_is_a_group(tmp_path: Path) -> None:
         gradients = [torch.autograd.grad(out.classification, logits)[0] for out in results]
         scores, name = torch.rand(5, dtype=torch.float64), dist.distributed_c10d._get_default_group().group_name
         for groups in (None, torch.arange(5)):
-            arguments = scores, scores, groups, distributed.ORDER, "a call", name
+            order = torch.arange(5)
+            arguments = scores, scores, groups, order, distributed.COLLECTIVES, "a call", name, "auto"
             torch.library.opcheck(operators.gather_positives, arguments, test_utils=("test_schema", "test_faketensor"))
-        torch.library.opcheck(operators.sum_over_ranks, (scores, distributed.ORDER, name), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+        torch.library.opcheck(operators.sum_over_ranks, (scores, distributed.COLLECTIVES, name), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
     finally:
         dist.destroy_process_group()
     for out, gradient in zip(results, gradients, strict=True):

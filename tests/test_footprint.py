@@ -23,8 +23,9 @@ N, P = 6000, 20
 class Recorder(Inside):
     """Names of operations and launches, and sizes in bytes of what they allocated."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: int) -> None:
         super().__init__()
+        self.logits = logits
         self.operations: list[str] = []
         self.launches: list[str] = []
         self.allocated: list[tuple[str, int]] = []
@@ -46,7 +47,7 @@ class Recorder(Inside):
 
     def of_size_n(self) -> list[int]:
         """Bytes for each of the N logits of every allocation that grows with N."""
-        return [size // N for _, size in self.allocated if size >= N // 2]
+        return [size // self.logits for _, size in self.allocated if size >= self.logits // 2]
 
 
 @contextmanager
@@ -72,49 +73,57 @@ class _Recorded:
         return launch
 
 
-def record(backend: Backend, form: str, device: str) -> tuple[Recorder, Recorder]:
+def record(backend: Backend, form: str, device: str, logits: int = N) -> tuple[Recorder, Recorder]:
     """Forward, and backward."""
-    classes = 8
-    shape = (N // classes, classes)
-    logits = torch.randn(shape, device=device, requires_grad=True)
+    classes = 8 if logits == N else 80
+    shape = (logits // classes, classes)
+    scores = torch.randn(shape, device=device, requires_grad=True)
     errors = torch.rand(P, device=device, requires_grad=True)
-    indices = torch.full((N // classes,), classes, device=device)
+    indices = torch.full((shape[0],), classes, device=device)
     indices[:P] = 3
-    targets = (
-        torch.nn.functional.one_hot(indices, classes + 1)[:, :classes].contiguous() if form == "dense" else indices
-    )
-    forward, backward = Recorder(), Recorder()
+    targets = indices
+    if form != "classes":
+        dense = torch.nn.functional.one_hot(indices, classes + 1)[:, :classes].contiguous()
+        targets = dense.byte() if form == "bytes" else dense
+    forward, backward = Recorder(logits), Recorder(logits)
     with gpu_path(forward):
-        out = alrp_loss(logits, targets, errors, backend=backend)
+        out = alrp_loss(scores, targets, errors, backend=backend)
     one = torch.ones((), device=device)
     with gpu_path(backward):
-        torch.autograd.grad([out.classification, out.localisation], [logits, errors], [one, one])
+        torch.autograd.grad([out.classification, out.localisation], [scores, errors], [one, one])
     return forward, backward
 
 
-@pytest.mark.parametrize("form", ["dense", "classes"])
-@pytest.mark.parametrize(("kernels", "in_forward", "in_backward"), [("triton_tiled", 8, 7), ("triton_binned", 9, 7)])
+@pytest.mark.parametrize("form", ["bytes", "dense", "classes"])
+@pytest.mark.parametrize(("kernels", "in_forward", "in_backward"), [("triton_tiled", 11, 6), ("triton_binned", 12, 6)])
 def test_footprint(kernels: Backend, in_forward: int, in_backward: int, form: str, device: str) -> None:
-    """Of size N: one mask, one gradient, and each read by as many kernels as it takes. Of size P: few operations.
+    """Of size N: one mask, if the targets cannot stand for it, one gradient, and each read by as few kernels as it takes.
 
-    (On a GPU four more of size 1, which assert that the targets are sound.)
+    Tables are made once. Of size P: few operations. (On a GPU four more of size 1, which assert that targets are sound.)
     """
     forward, backward = record(kernels, form, device)
-    assert forward.of_size_n() == [1]
+    assert forward.of_size_n() == ([] if form == "bytes" else [1])
     assert backward.of_size_n() == [4]
     # Indices of the positives, and their scores, are sorted.
-    find = ["dense_kernel" if form == "dense" else "classes_kernel", "sort_kernel", "sort_kernel"]
+    find = ["classes_kernel" if form == "classes" else "dense_kernel", "sort_kernel", "sort_kernel"]
+    terms = ["among_rows_kernel", "terms_kernel", "below_rows_kernel"]
     if kernels == "triton_tiled":
-        assert forward.launches == [*find, "matvec_kernel", "among_rows_kernel", "alrp_kernel"]
-        of_logits = ["prepare_kernel", "rmatvec_kernel"]
+        assert forward.launches == [*find, "matvec_kernel", *terms]
+        assert backward.launches == ["prepare_kernel", "rmatvec_kernel"]
     else:
-        tables = ["knots_kernel", "lut_kernel"]
-        assert forward.launches == [*find, *tables, "count_kernel", "rows_kernel", "among_rows_kernel", "alrp_kernel"]
-        of_logits = [*tables, "lines_kernel", "evaluate_kernel"]
-    assert backward.launches == [*of_logits, "below_rows_kernel"]  # and of the box errors
+        assert forward.launches == [*find, "knots_kernel", "lut_kernel", "count_kernel", "rows_kernel", *terms]
+        assert backward.launches == ["lines_kernel", "evaluate_kernel"]
     in_forward += 4 * (device == "cuda")
     assert len(forward.operations) <= in_forward, forward.operations
     assert len(backward.operations) <= in_backward, backward.operations
+
+
+@pytest.mark.parametrize("kernels", ["torch", "numba"])
+def test_no_mask_on_a_cpu(kernels: Backend) -> None:
+    """With class indices a mark for each anchor; beside it the gradient alone is of size N."""
+    forward, backward = record(kernels, "classes", "cpu", logits=4_000_000)  # 80 of an anchor
+    assert forward.of_size_n() == []
+    assert backward.of_size_n() == [4]
 
 
 class _Aligned:

@@ -1,6 +1,7 @@
 """The comparison matrix: both products of each backend against the dense matrix, and what must hold by itself."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import alrp_triton
-from alrp_triton import ComparisonMatrix, operators
+from alrp_triton import ComparisonMatrix, dispatch
 from alrp_triton.dispatch import Backend
 from reference import comparison_matrix
 from tests.compare import TOLERANCE, as_numpy, assert_near
@@ -224,11 +225,11 @@ def test_sort_rows(size: int, backend: Backend, device: str) -> None:
         return math.isnan(numbers[i]), 0.0 if math.isnan(numbers[i]) else numbers[i]
 
     wanted = sorted(range(size), key=place)
-    rows, order = operators.sort_rows(drawn.to(device), backend)
+    rows, order = dispatch.sort_rows(drawn.to(device), backend)
     assert order.tolist() == wanted
     assert torch.equal(rows.cpu().nan_to_num(7e7), drawn[wanted].nan_to_num(7e7))
     apart = torch.stack([drawn, drawn + 1], 1).to(device)[:, 0]  # not one beside the other in memory
-    assert operators.sort_rows(apart, backend)[1].tolist() == wanted
+    assert dispatch.sort_rows(apart, backend)[1].tolist() == wanted
 
 
 def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,10 +237,10 @@ def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.
     from alrp_triton.backends import triton_sort
 
     numbers = torch.randn(40, device=device, dtype=torch.float64)
-    few = operators.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
+    few = dispatch.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
     monkeypatch.setattr(triton_sort, "MOST", 39)
     monkeypatch.setattr(triton_sort, "sort_kernel", None)
-    many = operators.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
+    many = dispatch.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
     assert all(torch.equal(a, b) for a, b in zip((*few[0], few[1]), (*many[0], many[1]), strict=True))
 
 
@@ -287,60 +288,52 @@ def test_the_rows_by_grade(backend: Backend, device: str, delta: float, p: int) 
     assert matrix.among_grades(torch.ones_like(weights)).isnan().all()
 
 
+def stages(
+    backend: Backend, device: str, loss: str, form: str, grouped: bool, delta: float
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Each operator with the arguments that a loss hands it."""
+    ops, classes = torch.ops.alrp_triton, 4
+    logits = torch.randn(100, device=device)
+    targets = torch.tensor([0, 3, 4, -1, 2] * 5, device=device)
+    groups = torch.tensor([2, 0, 1, 2, 0], device=device) if grouped else None
+    how = classes, 4, -1, False
+    if form != "classes":
+        dense = torch.nn.functional.one_hot(targets.clamp(0), 5)[:, :4].reshape(-1)
+        targets, how = dense.to(torch.int8 if form == "bytes" else torch.int64), (None, 0, -1, False)
+        classes = None
+    count = 15 if form == "classes" else 20
+    values = torch.rand(count, device=device)
+    of_targets = logits, targets, values, groups, *how, True, count, "ious", backend
+    yield ops.find, of_targets
+    positives, marks, rows, wide, row_groups, order = ops.find(*of_targets)
+    marks, row_groups = targets.view(torch.uint8) if form == "bytes" else marks, row_groups if grouped else None
+    of_logits = logits, marks, classes, groups
+    yield ops.count, (rows, row_groups, *of_logits, delta, backend)
+    false_positives, tables = ops.count(rows, row_groups, *of_logits, delta, backend)
+    of_terms = loss, rows, row_groups, wide, order, false_positives, delta, 1e-5, torch.float32, backend
+    yield ops.terms, of_terms
+    first, second, _, own, share, _ = ops.terms(*of_terms)
+    for incoming in ((first, second), (None, second)):
+        yield ops.spread, (rows, row_groups, share, own, positives, *incoming, *of_logits, tables, delta, backend)
+
+
 @pytest.mark.parametrize("delta", [1.0, 0.0])
-def test_operators_pass_opcheck(backend: Backend, device: str, delta: float) -> None:
-    rows, columns, mask = draw(12, 100, torch.float32, device)
-    rows = rows.double().sort().values
-    tests = ("test_schema", "test_faketensor")
-    for weights in (None, mask, torch.rand(100, device=device)):
-        torch.library.opcheck(torch.ops.alrp_triton.matvec, (rows, columns, weights, delta, backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.sort_rows, (rows.flip(0), backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.among_rows, (rows, rows, delta, backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.below_rows, (rows, rows, delta, backend), test_utils=tests)
-    for keep in (None, mask):
-        torch.library.opcheck(
-            torch.ops.alrp_triton.rmatvec, (rows, rows, columns, keep, delta, backend), test_utils=tests
-        )
-    among, order = torch.rand(3, 12, dtype=torch.float64, device=device), torch.randperm(12, device=device)
-    of_losses = (rows.abs(), among, among[0], order, 0.5, 1e-5, torch.float32, backend)
-    torch.library.opcheck(torch.ops.alrp_triton.alrp_terms, of_losses, test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.ap_terms, (rows.abs(), among[0], 0.5, True, torch.float64, backend), test_utils=tests)  # fmt: skip
-    torch.library.opcheck(torch.ops.alrp_triton.among_grades, (rows, among[0], delta, backend), test_utils=tests)
-    torch.library.opcheck(torch.ops.alrp_triton.below_grades, (rows, among[0], among[1], delta, backend), test_utils=tests)  # fmt: skip
-    grades = operators.among_grades(rows, among[0], delta, backend)
-    torch.library.opcheck(torch.ops.alrp_triton.rank_sort_terms, (rows.abs(), grades, 1e-5, torch.float32, backend), test_utils=tests)  # fmt: skip
-    for targets, classes in ((mask.long(), None), (torch.arange(5, device=device), 4)):
-        count = int(mask.sum()) if classes is None else 4
-        torch.library.opcheck(
-            torch.ops.alrp_triton.classify,
-            (targets, classes, 4, -1, False, count, "box_errors", backend),
-            test_utils=tests,
-        )
+@pytest.mark.parametrize("form", ["classes", "bytes", "dense"])
+@pytest.mark.parametrize("loss", ["alrp", "ap", "interpolated_ap", "rank_sort"])
+def test_operators_pass_opcheck(loss: str, form: str, delta: float, backend: Backend, device: str) -> None:
+    for operator, arguments in stages(backend, device, loss, form, form == "dense", delta):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_operators_pass_opcheck_with_groups_and_unknown_sizes(dynamic: bool, backend: Backend, device: str) -> None:
-    rows, columns, mask = draw(12, 100, torch.float32, device)
-    rows = rows.double().sort().values
-    row_groups = torch.tensor([0] * 5 + [2] * 7, device=device)
-    rows = torch.cat([part.sort().values for part in (rows[:5], rows[5:])])
-    column_groups = torch.tensor([2, 0, 1, 2, 0], device=device)
-    tests = ("test_schema", "test_faketensor", *(["test_aot_dispatch_dynamic"] if dynamic else []))
-    ops, of_rows, of_both = torch.ops.alrp_triton, (row_groups,), (row_groups, column_groups)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.matvec, (rows, columns, mask, 1.0, backend, *of_both)),
-        (ops.rmatvec, (rows, rows, columns, mask, 1.0, backend, *of_both)),
-        (ops.among_rows, (rows, rows, 1.0, backend, *of_rows)),
-        (ops.below_rows, (rows, rows, 1.0, backend, *of_rows)),
-        (ops.among_grades, (rows, rows.abs(), 1.0, backend, *of_rows)),
-        (ops.below_grades, (rows, rows.abs(), rows, 1.0, backend, *of_rows)),
-        (ops.ap_terms, (rows.abs(), rows.abs() + 1, 0.5, True, torch.float32, backend, *of_rows)),
-        (ops.checked_ious, (torch.rand(5, device=device),)),
-    ]
-    if not dynamic:  # aot_dispatch compares two runs, and knows no size that they find out
-        calls.append((ops.classify, (mask.long(), None, 0, -1, False, None, "num_positives", backend)))
-    for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=tests)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_operators_pass_opcheck_with_unknown_sizes(grouped: bool, backend: Backend, device: str) -> None:
+    tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
+    for operator, arguments in stages(backend, device, "rank_sort", "classes", grouped, 1.0):
+        if operator is not torch.ops.alrp_triton.count:  # it compares bits, and what is not used of the tables is any
+            torch.library.opcheck(operator, arguments, test_utils=tests)
+    unknown = torch.randn(100, device=device), torch.zeros(25, dtype=torch.int64, device=device), None, None
+    arguments = *unknown, 4, 4, -1, False, False, None, "num_positives", backend
+    torch.library.opcheck(torch.ops.alrp_triton.find, arguments, test_utils=tests[:2])
 
 
 def test_auto_on_the_cpu_is_numba() -> None:

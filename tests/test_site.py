@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from docs.tools import figures, notebook
+from alrp_triton import operators
+from docs.tools import figures, notebook, stages
 from tests.processes import ROOT
 
 
@@ -48,6 +49,23 @@ def test_gradient_of_the_figure_is_linear_between_knots() -> None:
     at_knots = small._replace(logits=small.knots).operator.rmatvec(weights).numpy()
     between = np.interp(small.logits, small.knots, at_knots)
     assert np.allclose(between, small.operator.rmatvec(weights).numpy(), rtol=1e-12)
+
+
+def test_stages_are_the_operators() -> None:
+    defined = {name for name in vars(operators) if hasattr(torch.ops.alrp_triton, name) and not name.startswith("_")}
+    assert {stage.name for stage in stages.STAGES} == defined
+    page = (ROOT / "docs" / "stages.md").read_text()
+    assert all(name in page for name in defined)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/stages.md"])
+def test_files_that_are_named_exist(page: str) -> None:
+    """By name, path or pattern."""
+    folders = ("alrp_triton", "bench", "docs", "examples", "reference", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    named = set(re.findall(r"`([\w/*]+\.py)`", (ROOT / page).read_text()))
+    assert named
+    assert [name for name in named if not any(path.match(name) for path in files)] == []
 
 
 def test_notebook_becomes_a_page() -> None:

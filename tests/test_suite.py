@@ -15,7 +15,7 @@ NAMES = set(get_args(Backend))
 
 
 def test_all_backends_are_tested() -> None:
-    assert set(BACKENDS) == set(dispatch._MODULES)  # pyright: ignore[reportPrivateUsage]
+    assert set(BACKENDS) == set(dispatch._PRODUCTS)  # pyright: ignore[reportPrivateUsage]
     assert set(test_family.BACKENDS) < NAMES
 
 
@@ -24,7 +24,7 @@ def test_what_is_skipped(triton: tuple[int, int] | None) -> None:
     """numba's backends on a GPU, and Triton's where it is old or missing; nothing else."""
     skipped = {device: {name for name in NAMES if cannot_run(name, device, triton)} for device in ("cpu", "cuda")}
     of_triton = set() if triton and triton >= (3, 4) else {"triton", "triton_tiled", "triton_binned"}
-    assert skipped == {"cpu": of_triton, "cuda": of_triton | {"numba", "numba_dense", "numba_binned"}}
+    assert skipped == {"cpu": of_triton, "cuda": of_triton | {"numba"}}
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -42,15 +42,15 @@ def test_a_skip_says_what_the_package_says(name: str) -> None:
 
 
 def test_a_skip_is_one() -> None:
-    with pytest.raises(pytest.skip.Exception, match="backend='numba_dense' needs a CPU"):
-        or_skip("numba_dense", "cuda")
-    assert or_skip("numba_dense", "cpu") == "numba_dense"
+    with pytest.raises(pytest.skip.Exception, match="backend='numba' needs a CPU"):
+        or_skip("numba", "cuda")
+    assert or_skip("numba", "cpu") == "numba"
     assert or_skip("torch", "cuda") == "torch"
 
 
 def test_what_random_cases_run_on() -> None:
     """Triton's kernels where they are compiled, for its interpreter is slow."""
-    assert test_fuzz.backends("cpu") == ["torch", "numba_dense", "numba_binned"]
+    assert test_fuzz.backends("cpu") == ["torch", "numba"]
     compiled = [name for name in ("triton_tiled", "triton_binned") if not cannot_run(name, "cuda")]
     assert test_fuzz.backends("cuda") == ["torch", *compiled]
 

@@ -17,7 +17,21 @@ Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def classify(request: pytest.FixtureRequest, device: str) -> Classify:
     backend, _, _ = request.param.partition("_")
     or_skip(backend, device)
-    return dispatch._module(request.param).classify  # pyright: ignore[reportPrivateUsage]
+    read = dispatch._module(request.param).read  # pyright: ignore[reportPrivateUsage]
+
+    def classify(targets: Tensor, classes: int | None, *how: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask of the negatives, positives, status."""
+        positives, marks, status = read(targets, classes, *how)
+        if marks is None:
+            assert classes is None
+            assert targets.dtype.itemsize == 1
+            marks = targets
+        if marks.dtype == torch.int32:
+            marks = marks.cpu()[:, None]
+            marks = (marks == -2) | (marks == torch.arange(classes or 0))
+        return (marks == 0).view(-1), positives, status
+
+    return classify
 
 
 def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) -> tuple[list[bool], list[int], int]:

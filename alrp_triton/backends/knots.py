@@ -122,28 +122,3 @@ def make_knots(rows: Floats, delta: float, dtype: torch.dtype) -> Knots:
     local = rows - origin[rise]
     poison = float((rows[0] + rows[-1]) * 0)  # rows ascend, NaN last
     return Knots(values, low, rise, done, at_zero(delta), rate, local, offset, sloped, poison)
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def among_rows(rows: Tensor, values: Tensor, delta: float) -> Tensor:
-    """Products of the rows' own matrix with 1 and v, and v ranked; contract in :mod:`alrp_triton.operators`."""
-    s, v = as_array(rows), as_array(values)
-    knots = make_knots(s, delta, torch.float64)
-    bins = knots.values.searchsorted(s, "right")
-    position = knots.positions(torch.from_numpy(s), torch.from_numpy(bins)).numpy()
-    sums = [knots.sums(*(knots.by_bin(bins, u) for u in (w, w * position))) for w in (np.ones_like(v), v)]
-    return torch.from_numpy(np.stack([*sums, ranked(s, v, knots.at_rise)])).to(rows.device)
-
-
-def ranked(s: Floats, v: Floats, at_zero: float) -> Floats:
-    """For each of ascending rows the sum of v over the rows above, of others that tie by h(0), and of itself."""
-    total = np.append(v[::-1].cumsum()[::-1], 0.0)  # of all rows from there on
-    ties, above = total[s.searchsorted(s)], total[s.searchsorted(s, "right")]
-    return at_zero * ties + (1 - at_zero) * (above + v) + (s[0] + s[-1]) * 0 + (v * 0).sum()
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def below_rows(rows: Tensor, weights: Tensor, delta: float) -> Tensor:
-    """The transpose of the last of :func:`among_rows`; contract in :mod:`alrp_triton.operators`."""
-    s, w = as_array(rows), as_array(weights)
-    return torch.from_numpy(ranked(-s[::-1], w[::-1], at_zero(delta))[::-1].copy()).to(rows.device)

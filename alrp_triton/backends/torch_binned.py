@@ -14,13 +14,16 @@ The published losses compare every positive with every negative instead (Oksuz e
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .columns import Columns
 from .knots import Floats, Indices, Knots, as_array, make_knots, working_dtype
+from .segments import spread_by_segment, sum_by_segment, widened
 
 # Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.
 _CHUNK = 1 << 17
@@ -35,7 +38,7 @@ _FEW = 1 << 12
 class Grid(NamedTuple):
     """Cells of width ``1 / scale``. Cell 0 lies below all knots, the last but one above them; NaN has the last.
 
-    Half-cell 2c is the part of cell c below its knot, 2c + 1 the rest.
+    Half-cell 2c is the part of cell c below its knot, 2c + 1 the rest. A position is relative to where its half begins.
     """
 
     scale: float  # a power of two: x * scale is exact
@@ -59,11 +62,12 @@ class Grid(NamedTuple):
         return cell, position
 
     def locate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Half-cell (int32) and position in the cell of each column; indices and bins of those in crowded cells."""
+        """Half-cell (int32) and position in it of each column; indices and bins of those in crowded cells."""
         cell, position = self.cell(x)
         index = cell.int()
         knot = self.knot.index_select(0, index)
         half = torch.ge(position, knot, out=torch.empty_like(position))  # as a float: several times faster than as bool
+        position.addcmul_(half, knot, value=-1)  # in a crowded cell NaN, which nobody reads
         half.add_(cell, alpha=2)
         knot -= knot  # NaN in crowded cells, else 0
         picked = knot.nonzero().view(-1)
@@ -79,11 +83,12 @@ class Grid(NamedTuple):
         return bins
 
     def halves(self, knots: Knots) -> tuple[Indices, Floats]:
-        """Bin of each half-cell, and where its cell begins relative to the lower knot of that bin."""
-        bins = self.base.cpu().numpy().repeat(2)
-        bins[1::2] += self.knot.cpu().numpy() < 1
-        start = (np.arange(self.cells) + self.first) / self.scale
-        return bins, start.repeat(2) - knots.low[bins]
+        """Bin of each half-cell, and where it begins relative to the lower knot of that bin."""
+        bins, held = self.base.cpu().numpy().repeat(2), self.knot.cpu().numpy() < 1
+        bins[1::2] += held
+        start = ((np.arange(self.cells) + self.first) / self.scale).repeat(2) - knots.low[bins]
+        start[1::2][held] = 0.0
+        return bins, np.where(knots.sloped[bins], start, 0.0)
 
     def fold(self, knots: Knots, by_half: Floats, by_bin: Floats) -> Floats:
         """Number of columns and sum of their positions by bin ``(2, 2P + 1)``, from those of the half-cells.
@@ -96,7 +101,7 @@ class Grid(NamedTuple):
         return by_bin + np.stack([knots.by_bin(bins, weights) for weights in (count, moment)])
 
     def lines(self, knots: Knots, value: Floats, slope: Floats) -> Floats:
-        """The lines of the bins (Knots.lines) by half-cell: value where its cell begins, and change over a cell."""
+        """The lines of the bins (Knots.lines) by half-cell: value where it begins, and change over a cell."""
         bins, start = self.halves(knots)
         return np.stack([value[bins] + slope[bins] * start, slope[bins] / self.scale])
 
@@ -124,7 +129,9 @@ def make_grid(knots: Knots, columns: int, device: torch.device) -> Grid | None:
     held = np.bincount(cell, minlength=cells)
     knot = np.full(cells, 2.0, knots.values.dtype)
     knot[cell] = position
-    knot[held > 1] = math.nan
+    # In a cell so wide a position within a slope may be less than all numbers but 0: rate is 1 / (2 delta).
+    most = 1 if knots.rate.max() / scale < 2.0**59 else 0
+    knot[held > most] = math.nan
     knot[-1] = math.nan
     # Just below 0 a position is rounded, 1 - 1e-30 to 1: a comparison there must be of the columns themselves.
     below_zero = int(-1 - first)
@@ -134,36 +141,55 @@ def make_grid(knots: Knots, columns: int, device: torch.device) -> Grid | None:
     return grid._replace(base=base, knot=knot, ladder=ladder, steps=int(held.max()))
 
 
-def _chunks(columns: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    working = working_dtype(columns)
-    columns = columns.reshape(-1)
-    for start in range(0, columns.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        yield columns[part].to(working), None if weights is None else weights.reshape(-1)[part]
+def _chunks(columns: Columns) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Runs of the columns, as they are compared, and what each counts: bool, floats, or None."""
+    values, marks, classes = columns.values, columns.marks, columns.num_classes
+    size = _CHUNK if classes is None else max(_CHUNK // classes, 1) * classes
+    for start in range(0, values.numel(), size):
+        here = slice(start, min(start + size, values.numel()))
+        counts = None
+        if marks is not None and classes is not None:
+            counts = widened(marks[here.start // classes : here.stop // classes], classes)
+        elif marks is not None:
+            counts = marks[here] if columns.weights is not None else marks[here] == 0
+        yield here, values[here].to(working_dtype(values)), counts
+
+
+def empty_tables(rows: Tensor, grouped: bool, columns: Columns) -> list[Tensor]:
+    """None: NumPy makes them anew for each product, in less time than the torch operations take."""
+    return []
+
+
+def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float) -> None:
+    """There are none."""
+
+
+def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
+    """y_i = sum_j H_ij v_j, float64 ``(P,)``."""
+    return sum_by_segment(partial(_matvec, delta=delta), rows, row_groups, columns)
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
-    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
-    knots = make_knots(as_array(rows), delta, working_dtype(columns))
-    grid = make_grid(knots, columns.numel(), rows.device)
+def _matvec(rows: Tensor, columns: Columns, delta: float) -> Tensor:
+    knots = make_knots(as_array(rows), delta, working_dtype(columns.values))
+    grid = make_grid(knots, columns.values.numel(), rows.device)
     values = torch.from_numpy(knots.values).to(rows.device)
     by_bin = rows.new_zeros(2, len(knots.low))  # number of columns, sum of their positions
     by_half = rows.new_zeros(2, 0 if grid is None else 2 * grid.cells)
-    ones = rows.new_ones(min(_CHUNK, columns.numel()))
-    for x, v in _chunks(columns, weights):
-        one = ones[: len(x)]
+    ones = rows.new_ones(1)
+    for _, x, v in _chunks(columns):
+        one, weighed = ones.expand(len(x)), v is not None and v.is_floating_point()
         if v is not None:
             # Below every knot a column counts for no row: columns of weight 0 go there, NaN and all.
-            x = torch.where(v if v.dtype == torch.bool else v != 0, x, -math.inf)
-            one = one if v.dtype == torch.bool else v.double()
+            x = torch.where(v != 0 if weighed else v, x, -math.inf)
+            one = v.double() if weighed else one
         if grid is None:
             bins = torch.bucketize(x, values, right=True)
         else:
             half, position, picked, bins = grid.locate(x)
             half, position = half.long(), position.double()
             by_half[0].scatter_add_(0, half, one)
-            by_half[1].scatter_add_(0, half, position if v is None or v.dtype == torch.bool else position * one)
+            by_half[1].scatter_add_(0, half, position * one if weighed else position)
             x, one = x.index_select(0, picked), one.index_select(0, picked)
         by_bin[0].scatter_add_(0, bins, one)
         by_bin[1].scatter_add_(0, bins, knots.positions(x, bins) * one)
@@ -173,11 +199,17 @@ def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) 
     return torch.from_numpy(knots.sums(*sums)).to(rows.device)
 
 
+def rmatvec(
+    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
+) -> Tensor:
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
+    return spread_by_segment(partial(_rmatvec, delta=delta), rows, row_groups, weights, columns)
+
+
 @np.errstate(over="ignore", invalid="ignore")
-def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
-    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
-    knots = make_knots(as_array(rows), delta, working_dtype(columns))
-    grid = make_grid(knots, columns.numel(), rows.device)
+def _rmatvec(rows: Tensor, weights: Tensor, columns: Columns, delta: float) -> Tensor:
+    knots = make_knots(as_array(rows), delta, working_dtype(columns.values))
+    grid = make_grid(knots, columns.values.numel(), rows.device)
     lines = knots.lines(as_array(weights))
     values, value, slope = (torch.from_numpy(table).to(rows.device) for table in (knots.values, *lines))
     by_half = None if grid is None else torch.from_numpy(grid.lines(knots, *lines)).to(values)
@@ -185,13 +217,13 @@ def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None,
     def search(x: Tensor, bins: Tensor) -> Tensor:
         return torch.addcmul(value.index_select(0, bins), slope.index_select(0, bins), knots.positions(x, bins))
 
-    result = torch.empty(columns.numel(), dtype=columns.dtype, device=columns.device)
-    for (x, keep), out in zip(_chunks(columns, mask), result.split(_CHUNK), strict=True):
+    result = torch.empty_like(columns.values)
+    for here, x, v in _chunks(columns):
         if grid is None or by_half is None:
             g = search(x, torch.bucketize(x, values, right=True))
         else:
             half, position, picked, bins = grid.locate(x)
             g = by_half[0].index_select(0, half).addcmul_(by_half[1].index_select(0, half), position)
             g.index_copy_(0, picked, search(x.index_select(0, picked), bins).to(g.dtype))
-        out.copy_(g if keep is None else torch.where(keep, g, 0.0))
-    return result.reshape(columns.shape)
+        result[here] = g if v is None else torch.where(v != 0, g, 0.0)
+    return result

@@ -1,4 +1,4 @@
-"""Targets read in torch operations: who is a negative, and where the positives are.
+"""Targets read in torch operations: which columns count, and where the positives are.
 
 On a GPU the host waits for the answer; there this is the way only where triton is missing.
 """
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import MOST_GRADE
+from .columns import ALL, NONE
 
 # Few enough values that a part is still in the cache for the next operation; on a GPU all at once.
 _CHUNK = 1 << 17
@@ -38,10 +39,10 @@ def _find(mask: Tensor) -> Tensor:
     return words.index_select(0, word) * 8 + byte
 
 
-def _classify_dense(targets: Tensor, graded: bool) -> tuple[Tensor, Tensor, bool]:
+def _dense(targets: Tensor, graded: bool) -> tuple[Tensor, Tensor | None, bool]:
     targets = targets.reshape(-1)
     chunk = _CHUNK if targets.device.type == "cpu" else max(targets.numel(), 1)
-    negatives = torch.empty(targets.shape, dtype=torch.bool, device=targets.device)
+    marks = None if targets.dtype.itemsize == 1 else torch.empty_like(targets, dtype=torch.uint8)
     positives: list[Tensor] = []
     bad = False
     for start in range(0, targets.numel(), chunk):
@@ -52,35 +53,33 @@ def _classify_dense(targets: Tensor, graded: bool) -> tuple[Tensor, Tensor, bool
         bad = bad or _is_bad(part, codes)
         # logical_not is what == 0 would give, several times faster.
         positives.append(_find(codes.bitwise_xor(1).logical_not()).add_(start))
-        torch.logical_not(codes, out=negatives[start : start + chunk])
-    return negatives, torch.cat(positives) if positives else negatives.new_empty(0, dtype=torch.int64), bad
+        if marks is not None:
+            marks[start : start + chunk] = codes
+    return torch.cat(positives) if positives else targets.new_empty(0, dtype=torch.int64), marks, bad
 
 
-def _classify_indices(
-    targets: Tensor, num_classes: int, background: int, ignore_index: int
-) -> tuple[Tensor, Tensor, bool]:
+def _indices(targets: Tensor, num_classes: int, background: int, ignore_index: int) -> tuple[Tensor, Tensor, bool]:
     signed = targets.dtype.is_signed
     targets = targets.reshape(-1).long()  # a number of classes would wrap around in a narrow dtype
     inside = (targets >= 0) & (targets < num_classes)
-    counted = targets != ignore_index
-    nothing = (targets == background) | ~counted
+    ignored = targets == ignore_index
+    nothing = (targets == background) | ignored
     if not signed:  # what is negative now was a uint64 too large
         nothing &= targets >= 0
-    where = (inside & ~nothing).nonzero().view(-1)
-    positives = where * num_classes + targets[where]
-    negatives = counted.unsqueeze(1).repeat(1, num_classes).view(-1)
-    negatives.index_fill_(0, positives, False)
-    return negatives, positives, not bool((inside | nothing).all())
+    positive = inside & ~nothing
+    where = positive.nonzero().view(-1)
+    marks = torch.where(positive, targets, torch.where(ignored, ALL, NONE)).int()
+    return where * num_classes + targets[where], marks, not bool((inside | nothing).all())
 
 
-def classify(
+def read(
     targets: Tensor, num_classes: int | None, background: int, ignore_index: int, graded: bool, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Positives, marks, status; contract in :mod:`alrp_triton.backends`."""
     if num_classes is None:
-        negatives, positives, bad = _classify_dense(targets, graded)
+        positives, marks, bad = _dense(targets, graded)
     else:
-        negatives, positives, bad = _classify_indices(targets, num_classes, background, ignore_index)
+        positives, marks, bad = _indices(targets, num_classes, background, ignore_index)
     found = positives.numel()
     status = torch.tensor([found, bad], dtype=torch.int64, device=targets.device)
-    return negatives, positives if found == count else positives.new_zeros(count), status
+    return positives if found == count else positives.new_zeros(count), marks, status

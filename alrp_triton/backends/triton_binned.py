@@ -17,15 +17,16 @@ Columns are compared in float32 (float64 if that is what they are), exactly, wit
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import Columns
 from .knots import working_dtype
-from .triton_tiled import parts, readable
+from .segments import spread_by_segment, sum_by_segment
+from .triton_tiled import blocks, counted
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; and for the kernels over
 # bins and rows, the tile of their dense product.
@@ -194,7 +195,7 @@ def _read(array_ptr, block, N, other, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P", "M", "N", "copies"])
 def count_kernel(
-    columns_ptr, weights_ptr, knots_ptr, lut_ptr, table_ptr, P, M, N: tl.int64, copies, delta: tl.float64,
+    columns_ptr, marks_ptr, knots_ptr, lut_ptr, table_ptr, P, M, N: tl.int64, copies, delta: tl.float64,
     scale: tl.float64, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: block b of the columns -> table[b % copies, 0 and 1, bins]: sums of weights, of weights x positions.
@@ -206,8 +207,8 @@ def count_kernel(
     x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
     live = ~(x < tl.load(knots_ptr))  # which -inf is, if rows are finite, and else nothing counts
     one = tl.full([BLOCK], 1.0, dtype)
-    if weights_ptr is not None:
-        one = _read(weights_ptr, block, N, 0, BLOCK).to(dtype)
+    if marks_ptr is not None:
+        one = counted(_read(marks_ptr, block, N, 1, BLOCK), dtype)
         live = live & (one != 0)
     if tl.max(live.to(tl.int32), axis=0) > 0:
         counts_ptr = table_ptr + block % copies * (4 * P + 2)
@@ -301,18 +302,18 @@ def lines_kernel(
 
 @triton.jit(do_not_specialize=["P", "M", "N"])
 def evaluate_kernel(
-    columns_ptr, mask_ptr, knots_ptr, lut_ptr, lines_ptr, out_ptr, P, M, N: tl.int64, delta: tl.float64,
+    columns_ptr, marks_ptr, knots_ptr, lut_ptr, lines_ptr, out_ptr, P, M, N: tl.int64, delta: tl.float64,
     BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Program b: out = value + slope * position for block b of the columns, 0 where the mask is."""
+    """Program b: out = value + slope * position for block b of the columns, 0 where a column does not count."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
     x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
     g = tl.zeros([BLOCK], dtype) + tl.load(lines_ptr)  # below all knots: 0, or NaN if a weight is
     reached = x >= tl.load(knots_ptr)
     live = reached
-    if mask_ptr is not None:
-        live = _read(mask_ptr, block, N, 0, BLOCK) != 0
+    if marks_ptr is not None:
+        live = counted(_read(marks_ptr, block, N, 1, BLOCK), dtype) != 0
         reached = reached & live
     if tl.max(reached.to(tl.int32), axis=0) > 0:
         bin = _find(x, reached, knots_ptr, lut_ptr, P, M)
@@ -324,7 +325,7 @@ def evaluate_kernel(
         slope = tl.load(lines_ptr + 2 * bin + 1, mask=reached, other=0.0)
         g = tl.where(reached, tl.fma(slope, position, value), g)
     g = tl.where(x == x, g, float("nan"))
-    if mask_ptr is not None:
+    if marks_ptr is not None:
         g = tl.where(live, g, 0.0)
     g = g.to(out_ptr.dtype.element_ty)
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -334,67 +335,101 @@ def evaluate_kernel(
         tl.store(out_ptr + column, g, mask=column < N)
 
 
-class _Bins(NamedTuple):
-    """What both products need: knots (2P,), the bins of each row (P,), and the look-up table (cells + 2,)."""
-
-    knots: Tensor
-    rise: Tensor
-    done: Tensor
-    lut: Tensor
-    cells: int
+def _cells(rows: int) -> int:
+    """Cells of the look-up table."""
+    return 1 << (2 * rows * _CELLS_A_KNOT - 1).bit_length()
 
 
-def _make_bins(rows: Tensor, columns: Tensor, delta: float) -> _Bins:
+def empty_tables(rows: Tensor, grouped: bool, columns: Columns) -> list[Tensor]:
+    """Knots ``(2P,)``, the bins from which and behind which each row has a slope ``(P,)``, and the look-up table.
+
+    Uninitialised. A power of two is no expression that a compiler can trace, so the last may be longer than it is.
+    """
     p = rows.numel()
-    cells = triton.next_power_of_2(2 * p * _CELLS_A_KNOT)
-    knots = torch.empty(2 * p, dtype=working_dtype(columns), device=rows.device)
-    rise, done, lut = parts((p, p, cells + 2), torch.int32, rows.device)
-    knots_kernel[(triton.cdiv(p, 128),)](
-        rows, knots, rise, done, lut[cells + 1 :], p, delta, BLOCK=128, num_warps=WARPS
-    )
-    lut_kernel[(triton.cdiv(cells + 1, 256),)](knots, lut, p, cells, BLOCK=256, num_warps=WARPS)
-    return _Bins(knots, rise, done, lut, cells)
+    lengths = (p, p, 4 * _CELLS_A_KNOT * p + 2)
+    knots = rows.new_empty(2 * p, dtype=working_dtype(columns.values))
+    return [knots, *(rows.new_empty(length, dtype=torch.int32) for length in lengths)]
 
 
-def matvec(rows: Tensor, columns: Tensor, weights: Tensor | None, delta: float) -> Tensor:
-    """y_i = sum_j h(x_j - s_i) v_j; contract in :mod:`alrp_triton.operators`."""
-    p, n, hard = rows.numel(), columns.numel(), delta == 0
-    largest = None
-    if weights is not None and weights.dtype != torch.bool:
-        # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
-        largest = torch.linalg.vector_norm(weights, math.inf).double().frexp().exponent
-        weights = torch.ldexp(weights.double(), -largest)
-    out, block = torch.empty_like(rows), BLOCK[working_dtype(columns)]
+def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float) -> None:
+    """Make the tables of both products in what :func:`empty_tables` allocated; with groups each product makes them."""
+    if row_groups is None:
+        _fill_tables(tables, rows, delta)
+
+
+def _fill_tables(tables: list[Tensor], rows: Tensor, delta: float) -> None:
+    knots, rise, done, lut = tables
+    p, cells = rows.numel(), _cells(rows.numel())
     with torch.cuda.device_of(rows):
-        bins = _make_bins(rows, columns, delta)
-        copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p + 1)))
-        table = torch.zeros(copies, 2, 2 * p + 1, dtype=torch.int64, device=rows.device)
-        # A sum of n positions of at most 2 stays below 2**62.
-        scale = 2.0 ** (61 - max(n - 1, 1).bit_length())
-        count_kernel[(triton.cdiv(n, block),)](
-            columns.contiguous(), readable(weights), bins.knots, bins.lut, table, p, bins.cells, n, copies, delta,
-            scale, BLOCK=block, HARD=hard, num_warps=WARPS,
+        knots_kernel[(blocks(p, 128),)](rows, knots, rise, done, lut[cells + 1 :], p, delta, BLOCK=128, num_warps=WARPS)
+        lut_kernel[(blocks(cells + 1, 256),)](knots, lut, p, cells, BLOCK=256, num_warps=WARPS)
+
+
+def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
+    """y_i = sum_j H_ij v_j, float64 ``(P,)``."""
+    if row_groups is None:
+        return _matvec(rows, columns, delta, tables)
+
+    def of_segment(s: Tensor, those: Columns) -> Tensor:
+        return _matvec(s, those, delta, _tables(s, those, delta))
+
+    return sum_by_segment(of_segment, rows, row_groups, columns)
+
+
+def rmatvec(
+    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
+) -> Tensor:
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
+    if row_groups is None:
+        return _rmatvec(rows, weights, columns, delta, tables)
+
+    def of_segment(s: Tensor, w: Tensor, those: Columns) -> Tensor:
+        return _rmatvec(s, w, those, delta, _tables(s, those, delta))
+
+    return spread_by_segment(of_segment, rows, row_groups, weights, columns)
+
+
+def _tables(rows: Tensor, columns: Columns, delta: float) -> list[Tensor]:
+    tables = empty_tables(rows, False, columns)
+    _fill_tables(tables, rows, delta)
+    return tables
+
+
+def _matvec(rows: Tensor, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
+    p, n, hard = rows.numel(), columns.values.numel(), delta == 0
+    knots, rise, done, lut = tables
+    marks, largest = columns.marks, None
+    if columns.weights is not None:
+        # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
+        largest = torch.linalg.vector_norm(columns.weights, math.inf).double().frexp().exponent
+        marks = torch.ldexp(columns.weights.double(), -largest)
+    out, block = torch.empty_like(rows), BLOCK[working_dtype(columns.values)]
+    copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p + 1)))
+    table = torch.zeros(copies, 2, 2 * p + 1, dtype=torch.int64, device=rows.device)
+    # A sum of n positions of at most 2 stays below 2**62.
+    scale = 2.0 ** (61 - max(n - 1, 1).bit_length())
+    with torch.cuda.device_of(rows):
+        count_kernel[(blocks(n, block),)](
+            columns.values, marks, knots, lut, table, p, _cells(p), n, copies, delta, scale, BLOCK=block, HARD=hard,
+            num_warps=WARPS,
         )  # fmt: skip
-        rows_kernel[(triton.cdiv(p, TILE["OUT"]),)](
-            rows, bins.knots, bins.rise, bins.done, table.sum(0), out, p, delta, 1 / scale, HARD=hard,
-            num_warps=WARPS, **TILE,
-        )  # fmt: skip
+        rows_kernel[(blocks(p, TILE["OUT"]),)](
+            rows, knots, rise, done, table.sum(0), out, p, delta, 1 / scale, HARD=hard, num_warps=WARPS, **TILE
+        )
     return out if largest is None else torch.ldexp(out, largest)
 
 
-def rmatvec(rows: Tensor, weights: Tensor, columns: Tensor, mask: Tensor | None, delta: float) -> Tensor:
-    """g_j = sum_i h(x_j - s_i) w_i; contract in :mod:`alrp_triton.operators`."""
-    p, n, hard = rows.numel(), columns.numel(), delta == 0
-    out = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
-    block = BLOCK[working_dtype(columns)]
+def _rmatvec(rows: Tensor, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
+    p, n, hard = rows.numel(), columns.values.numel(), delta == 0
+    knots, rise, done, lut = tables
+    out, block = torch.empty_like(columns.values), BLOCK[working_dtype(columns.values)]
+    lines = knots.new_empty(2 * p + 1, 2)
     with torch.cuda.device_of(rows):
-        bins = _make_bins(rows, columns, delta)
-        lines = bins.knots.new_empty(2 * p + 1, 2)
-        lines_kernel[(triton.cdiv(2 * p + 1, TILE["OUT"]),)](
-            rows, weights, bins.knots, bins.rise, bins.done, lines, p, delta, HARD=hard, num_warps=WARPS, **TILE
+        lines_kernel[(blocks(2 * p + 1, TILE["OUT"]),)](
+            rows, weights, knots, rise, done, lines, p, delta, HARD=hard, num_warps=WARPS, **TILE
         )
-        evaluate_kernel[(triton.cdiv(n, block),)](
-            columns.contiguous(), readable(mask), bins.knots, bins.lut, lines, out, p, bins.cells, n, delta,
-            BLOCK=block, HARD=hard, num_warps=WARPS,
+        evaluate_kernel[(blocks(n, block),)](
+            columns.values, columns.marks, knots, lut, lines, out, p, _cells(p), n, delta, BLOCK=block, HARD=hard,
+            num_warps=WARPS,
         )  # fmt: skip
     return out

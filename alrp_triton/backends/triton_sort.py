@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_tiled import blocks
+
 TILE = {"ROWS": 16, "COLUMNS": 64}
 WARPS = 4
 MOST = 8192  # numbers, 7e7 comparisons; for more torch sorts. Chosen from the desk: no GPU has timed it
@@ -47,7 +49,7 @@ def sort(keys: Tensor) -> Tensor:
 
 
 def sort_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores in ascending order, and the places that they had; contract in :mod:`alrp_triton.operators`."""
+    """Scores in ascending order, and the places that they had."""
     rows = rows.contiguous()
     out, order = torch.empty_like(rows), torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
     _launch(rows, out, order)
@@ -57,4 +59,4 @@ def sort_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _launch(keys: Tensor, out: Tensor, order: Tensor | None) -> None:
     if (p := keys.numel()) > 0:
         with torch.cuda.device_of(keys):
-            sort_kernel[(triton.cdiv(p, TILE["ROWS"]),)](keys, out, order, p, num_warps=WARPS, **TILE)
+            sort_kernel[(blocks(p, TILE["ROWS"]),)](keys, out, order, p, num_warps=WARPS, **TILE)

@@ -1,4 +1,4 @@
-"""Targets read in one pass by Triton: mask of the negatives, indices of the positives, and what is wrong.
+"""Targets read in one pass by Triton: which columns count, where the positives are, and what is wrong.
 
 A block of targets with positives takes a place for them by an atomic counter, in whatever order blocks come; sorting
 the P indices afterwards makes the result independent of it. The host waits for nothing.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formulas import MOST_GRADE
 from .triton_sort import sort
-from .triton_tiled import readable
+from .triton_tiled import blocks
 
 BLOCK = 2048
 CLASS_TILE = {"ANCHORS": 64, "CLASSES": 32}
@@ -36,7 +36,7 @@ def _report(positive, bad, where, positives_ptr, status_ptr, count):
 
 @triton.jit(do_not_specialize=["count", "N"])
 def dense_kernel(
-    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, N: tl.int64,
+    targets_ptr, marks_ptr, positives_ptr, status_ptr, count, N: tl.int64,
     SIGNED: tl.constexpr, GRADED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b: targets of block b, one for each logit."""
@@ -48,16 +48,17 @@ def dense_kernel(
     bad = ~(negative | positive)
     if SIGNED:  # -1 would wrap around to the largest value of an unsigned dtype
         bad = bad & (target != -1)
-    tl.store(negatives_ptr + index, negative.to(tl.int8), mask=index < N)
+    if marks_ptr is not None:
+        tl.store(marks_ptr + index, (~negative).to(tl.uint8), mask=index < N)
     _report(positive, bad, index, positives_ptr, status_ptr, count)
 
 
 @triton.jit(do_not_specialize=["count", "anchors", "classes", "background", "ignore_index"])
 def classes_kernel(
-    targets_ptr, negatives_ptr, positives_ptr, status_ptr, count, anchors: tl.int64, classes: tl.int64,
+    targets_ptr, marks_ptr, positives_ptr, status_ptr, count, anchors: tl.int64, classes: tl.int64,
     background: tl.int64, ignore_index: tl.int64, SIGNED: tl.constexpr, ANCHORS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Program b: class indices of block b of the anchors; makes 0 in the mask, which is 1, what is no negative."""
+    """Program b: class indices of block b of the anchors; marks with 1, where there was 0, what does not count."""
     anchor = tl.program_id(0).to(tl.int64) * ANCHORS + tl.arange(0, ANCHORS)
     inside = anchor < anchors
     target = tl.load(targets_ptr + anchor, mask=inside, other=0).to(tl.int64)
@@ -69,36 +70,37 @@ def classes_kernel(
     known = (target >= 0) & (target < classes)
     positive = inside & known & ~nothing
     where = anchor * classes + target
-    tl.store(negatives_ptr + where, tl.zeros([ANCHORS], tl.int8), mask=positive)
+    tl.store(marks_ptr + where, tl.full([ANCHORS], 1, tl.uint8), mask=positive)
     if tl.max(ignored.to(tl.int32), axis=0) > 0:
         for begin in range(0, classes, CLASSES):
             c = begin + tl.arange(0, CLASSES)
             logit = anchor[:, None] * classes + c[None, :]
-            zero = tl.zeros([ANCHORS, CLASSES], tl.int8)
-            tl.store(negatives_ptr + logit, zero, mask=ignored[:, None] & (c[None, :] < classes))
+            one = tl.full([ANCHORS, CLASSES], 1, tl.uint8)
+            tl.store(marks_ptr + logit, one, mask=ignored[:, None] & (c[None, :] < classes))
     _report(positive, inside & ~known & ~nothing, where, positives_ptr, status_ptr, count)
 
 
-def classify(
+def read(
     targets: Tensor, num_classes: int | None, background: int, ignore_index: int, graded: bool, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask of the negatives, positives, status; contract in :mod:`alrp_triton.operators`."""
-    n, signed = targets.numel(), targets.dtype.is_signed
-    read = readable(targets)
-    # Of class indices few logits are no negatives: a mask of ones, in which those are found, is written at full speed.
-    make = torch.empty if num_classes is None else torch.ones
-    negatives = make(n * (num_classes or 1), dtype=torch.bool, device=targets.device)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Positives, marks (one byte for each logit), status; contract in :mod:`alrp_triton.backends`."""
+    n, signed, marks, targets = targets.numel(), targets.dtype.is_signed, None, targets.contiguous()
+    if targets.dtype == torch.bool:
+        targets = targets.view(torch.uint8)
+    if num_classes is not None:  # few logits do not count: a mask of zeros is written at full speed
+        marks = torch.zeros(n * num_classes, dtype=torch.uint8, device=targets.device)
+    elif targets.dtype.itemsize > 1:
+        marks = torch.empty(n, dtype=torch.uint8, device=targets.device)
     places = torch.zeros(count + 2, dtype=torch.int64, device=targets.device)
     status, positives = places[:2], places[2:]
     with torch.cuda.device_of(targets):
         if num_classes is None:
-            dense_kernel[(triton.cdiv(n, BLOCK),)](
-                read, negatives.view(torch.int8), positives, status, count, n, SIGNED=signed, GRADED=graded,
-                BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+            dense_kernel[(blocks(n, BLOCK),)](
+                targets, marks, positives, status, count, n, SIGNED=signed, GRADED=graded, BLOCK=BLOCK, num_warps=WARPS
+            )
         else:
-            classes_kernel[(triton.cdiv(n, CLASS_TILE["ANCHORS"]),)](
-                read, negatives.view(torch.int8), positives, status, count, n, num_classes, background, ignore_index,
-                SIGNED=signed, num_warps=WARPS, **CLASS_TILE,
+            classes_kernel[(blocks(n, CLASS_TILE["ANCHORS"]),)](
+                targets, marks, positives, status, count, n, num_classes, background, ignore_index, SIGNED=signed,
+                num_warps=WARPS, **CLASS_TILE,
             )  # fmt: skip
-    return negatives, sort(positives), status
+    return sort(positives), marks, status

@@ -28,7 +28,7 @@ from ..distributed import (
 )
 from ..functional import DELTA, DELTA_RS
 from ..modules import ALRPLoss, APLoss, RankSortLoss
-from ..targets import IGNORE_INDEX, check_form, classify
+from ..targets import IGNORE_INDEX, check_form, positives_of
 from .box_errors import Boxes as Boxes
 from .box_errors import BoxLoss, box_errors, checked, paired_iou
 from .masks import dice_error
@@ -282,7 +282,7 @@ def greatest_scores(logits: Tensor) -> Tensor:
 def _positive_scores(logits: Tensor, targets: Tensor, count: int, backend: Backend) -> Tensor:
     """The greatest class score of each positive's anchor, ``(P,)``: the weight of its box in Rank & Sort Loss."""
     form = check_form(logits, targets, None, IGNORE_INDEX)
-    positives = classify(targets, form, count, "boxes", backend)[1]
+    positives = positives_of(logits, targets, form, count, "boxes", backend)
     if form.num_classes is None:  # dense: a positive is one entry
         return logits.flatten()[positives].float().sigmoid()
     anchors = positives // form.num_classes

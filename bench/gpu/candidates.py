@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alrp_triton.backends import triton_binned
+from alrp_triton.backends.columns import Columns
 
 from ..problems import CASES, Size, draw_problem
 from ..tables import number, table
@@ -142,10 +143,18 @@ WAYS = (
 )
 
 
+def tables_of(rows: Tensor, columns: Tensor, delta: float) -> list[Tensor]:
+    """Knots and look-up table, as the package makes them."""
+    these = Columns(columns.reshape(-1), None)
+    tables = triton_binned.empty_tables(rows, False, these)
+    triton_binned.fill_tables(tables, rows, None, these, delta)
+    return tables
+
+
 def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[], Tensor]:
     """A call that adds up all columns: int64 ``(2, 2P + 1)``, numbers and positions in units of 2**-30."""
     p, n = rows.numel(), columns.numel()
-    bins = triton_binned._make_bins(rows, columns, delta)
+    knots, _, _, lut = tables_of(rows, columns, delta)
     blocks = triton.cdiv(n, BLOCK)
     each = min(triton.cdiv(blocks, way.programs), way.columns // BLOCK)
     programs = triton.cdiv(blocks, each)
@@ -157,7 +166,7 @@ def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[
     def step() -> Tensor:
         sums.zero_()
         count_kernel[(programs,)](
-            columns, bins.knots, bins.lut, sums, p, bins.cells, n, each, copies, 0.5 / delta, WAY=way.name,
+            columns, knots, lut, sums, p, triton_binned._cells(p), n, each, copies, 0.5 / delta, WAY=way.name,
             BLOCK=BLOCK, DECLARE=declared, THREADS=32 * WARPS, num_warps=WARPS,
         )  # fmt: skip
         if way.name == "packed":
@@ -169,7 +178,7 @@ def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[
 
 def wrong(sums: Tensor, rows: Tensor, columns: Tensor, delta: float) -> float:
     """How far sums are from those of torch in float64: of a logit's position; infinite where a number is another."""
-    knots = triton_binned._make_bins(rows, columns, delta).knots
+    knots = tables_of(rows, columns, delta)[0]
     flat = columns.reshape(-1).to(knots.dtype)
     bins = torch.searchsorted(knots, flat, right=True)
     live = bins > 0
