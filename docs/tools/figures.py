@@ -1,6 +1,7 @@
-"""The figures of docs/how_it_works.md: ``python -m docs.tools.figures`` writes them to docs/plots/.
+"""The figures of docs/how_it_works.md and docs/stages.md: ``python -m docs.tools.figures`` writes them to docs/plots/.
 
-What they show is computed by the package's operator; the tiles are as small as it takes to see them.
+What the former show is computed by :class:`alrp_triton.ComparisonMatrix`; the tiles are as small as it takes to see
+them. The latter is drawn in :mod:`.stages`.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from alrp_triton import ComparisonMatrix
+
+from . import stages
 
 Floats = NDArray[np.float64]
 
@@ -205,6 +208,7 @@ def draw(folder: Path) -> list[Path]:
             "how-matrix": draw_matrix(make_scene()),
             "how-step": draw_step(small),
             "how-bins": draw_bins(small),
+            "stages": stages.draw(),
         }.items():
             written.append(folder / f"{name}.svg")
             figure.savefig(written[-1], metadata={"Date": None})
@@ -214,7 +218,7 @@ def draw(folder: Path) -> list[Path]:
 
 def main() -> None:
     """Write the figures, and say where."""
-    parser = argparse.ArgumentParser(description="The figures of docs/how_it_works.md.")
+    parser = argparse.ArgumentParser(description="The figures of docs/how_it_works.md and docs/stages.md.")
     parser.add_argument("--out", type=Path, default=PLOTS, help="folder (default: docs/plots)")
     for path in draw(parser.parse_args().out):
         print(path)
