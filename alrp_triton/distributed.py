@@ -73,6 +73,13 @@ def _group(name: str) -> ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
 
 
+def _carried(device: torch.device, group: ProcessGroup) -> torch.device:
+    """The device, if the group carries tensors of it; NCCL carries none of a CPU, so then the GPU at hand."""
+    if device.type == "cpu" and "cpu:" not in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _all_gather(tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor, group=group)
@@ -133,7 +140,7 @@ def _tell(process_group: ProcessGroup | None, error: str, device: torch.device) 
     if name:
         # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
         with suppress(ProcessesDisagreeError, RuntimeError):
-            _counts(_GAVE_UP, error, _group(name), device)
+            _counts(_GAVE_UP, error, _group(name), _carried(device, _group(name)))
 
 
 def gather(

@@ -112,6 +112,24 @@ def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "backends", "wanted"),
+    [("cpu", "cpu:gloo,cuda:gloo", "cpu"), ("cpu", "cuda:nccl", "cuda:3"), ("cuda:1", "cuda:nccl", "cuda:1")],
+)
+def test_an_error_without_tensors_reaches_the_others(
+    given: str, backends: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL carries no tensor of a CPU: what is told has to be on a GPU, also where the call that failed had no tensor."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    told = list[torch.device]()
+    monkeypatch.setattr(distributed, "name_and_size", lambda group: ("a group", 2))
+    monkeypatch.setattr(distributed, "_group", lambda name: object())
+    monkeypatch.setattr(distributed, "_counts", lambda count, call, group, device: told.append(device))
+    distributed._tell(object(), "an error", torch.device(given))  # pyright: ignore[reportPrivateUsage]
+    assert told == [torch.device(wanted)]
+
+
 def test_one_process_is_a_group(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
