@@ -81,6 +81,11 @@ class ComparisonMatrix:
             raise ValueError(f"{name} must have shape {tuple(self.order.shape)}, got {tuple(value.shape)}")
         return value.detach().double().index_select(0, self.order)
 
+    def _compare(self, function: str, *vectors: Tensor) -> Tensor:
+        """What a function of the rows among themselves makes of sorted vectors, in the order of the rows as given."""
+        result = dispatch.compare_rows(function, self._rows, *vectors, delta=self._delta, backend=self._backend)
+        return self._as_given(result)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(P, N)"""
@@ -133,7 +138,7 @@ class ComparisonMatrix:
             h(s_k - s_i), of h(s_k - s_i) v_k, and of v ranked: v_k for s_k > s_i and for k = i, h(0) v_k for another
             k of s_k = s_i.
         """
-        return self._as_given(dispatch.among_rows(self._rows, self._sorted("v", v), self._delta, self._backend))
+        return self._compare("among_rows", self._sorted("v", v))
 
     def below_rows(self, w: Tensor) -> Tensor:
         """The transpose of the third of :meth:`among_rows`.
@@ -145,7 +150,7 @@ class ComparisonMatrix:
             float64 ``(P,)``, in the order of ``rows``: for each row k the sum of w_i over s_i < s_k and over i = k, and
             of h(0) w_i over the other i of s_i = s_k.
         """
-        return self._as_given(dispatch.below_rows(self._rows, self._sorted("w", w), self._delta, self._backend))
+        return self._compare("below_rows", self._sorted("w", w))
 
     def among_grades(self, grades: Tensor) -> Tensor:
         """The rows compared among themselves, apart by a second order, as Rank & Sort Loss needs it.
@@ -157,9 +162,7 @@ class ComparisonMatrix:
             float64 ``(4, P)``, in the order of ``rows``: for each row i the sums of h(s_k - s_i) and of
             h(s_k - s_i) (1 - t_k) over the rows k of t_k >= t_i, with itself; then over those of t_k < t_i.
         """
-        return self._as_given(
-            dispatch.among_grades(self._rows, self._sorted("grades", grades), self._delta, self._backend)
-        )
+        return self._compare("among_grades", self._sorted("grades", grades))
 
     def below_grades(self, grades: Tensor, w: Tensor) -> Tensor:
         """The transpose of the third of :meth:`among_grades`.
@@ -172,11 +175,7 @@ class ComparisonMatrix:
             float64 ``(P,)``, in the order of ``rows``: for each row k the sum of h(s_k - s_i) w_i over the rows i of
             t_i > t_k.
         """
-        return self._as_given(
-            dispatch.below_grades(
-                self._rows, self._sorted("grades", grades), self._sorted("w", w), self._delta, self._backend
-            )
-        )
+        return self._compare("below_grades", self._sorted("grades", grades), self._sorted("w", w))
 
     def __repr__(self) -> str:
         p, n = self.shape

@@ -1,7 +1,7 @@
 """Which backend computes: what the names stand for, where they can run, and what each stage of a loss asks of them.
 
 ``find``, ``count``, ``terms`` and ``spread`` are the kernels of the operators of their names, whose contract is stated
-in :mod:`alrp_triton.operators`; the functions from ``tables_for`` to ``below_grades`` are what
+in :mod:`alrp_triton.operators`; the functions from ``tables_for`` to ``sort_rows`` are what
 :class:`alrp_triton.ComparisonMatrix` is made of.
 """
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .backends import graded
 from .backends.columns import Columns
 from .backends.segments import bounds_of
 from .checks import check_ious, check_marks
@@ -112,6 +111,7 @@ def empty_tables(rows: Tensor, row_groups: Tensor | None, columns: Columns, back
 
 
 def tables_for(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, backend: str) -> list[Tensor]:
+    """The same, made, for both products."""
     tables = empty_tables(rows, row_groups, columns, backend)
     if rows.numel() and columns.values.numel():
         _products(rows, columns, backend).fill_tables(tables, rows, row_groups, columns, delta)
@@ -147,45 +147,18 @@ def _by_numpy(kernel: Callable[..., Any], rows: Tensor, row_groups: Tensor | Non
     return kernel(*(vector.cpu().numpy() for vector in (rows, *of_rows)), bounds_of(row_groups, rows.numel()))
 
 
-def among_rows(rows: Tensor, values: Tensor, delta: float, backend: str) -> Tensor:
-    """H 1, H v and R v, float64 ``(3, P)``, of the rows' own matrix and of their ranking."""
+_OF_ROWS = {"among_rows": (3,), "below_rows": (), "among_grades": (4,), "below_grades": ()}
+
+
+def compare_rows(function: str, rows: Tensor, *vectors: Tensor, delta: float, backend: str) -> Tensor:
+    """What a function of ``positives.py``, by name, makes of rows without groups, and of vectors of their size."""
     if rows.numel() == 0:
-        return rows.new_zeros(3, 0)
-    if family(backend, rows) == "triton":
-        return _module("triton_positives").among_rows(rows, None, values, delta)
-    kernel = partial(_module(_POSITIVES[family(backend, rows)]).among_rows, delta=delta)
-    return torch.from_numpy(_by_numpy(kernel, rows, None, values)).to(rows.device)
-
-
-def below_rows(rows: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
-    """R^T w, float64 ``(P,)``."""
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    if family(backend, rows) == "triton":
-        places = torch.arange(rows.numel(), device=rows.device)
-        return _module("triton_positives").below_rows(rows, None, weights, places, delta)
-    kernel = partial(_module(_POSITIVES[family(backend, rows)]).below_rows, delta=delta)
-    return torch.from_numpy(_by_numpy(kernel, rows, None, weights)).to(rows.device)
-
-
-def among_grades(rows: Tensor, grades: Tensor, delta: float, backend: str) -> Tensor:
-    """Sums of H and of H (1 - t) over the rows of no lower, and of lower grade, float64 ``(4, P)``."""
-    if rows.numel() == 0:
-        return rows.new_zeros(4, 0)
-    if family(backend, rows) == "triton":
-        return _module("triton_positives").among_grades(rows, None, grades, delta)
-    return torch.from_numpy(_by_numpy(partial(graded.among_grades, delta=delta), rows, None, grades)).to(rows.device)
-
-
-def below_grades(rows: Tensor, grades: Tensor, weights: Tensor, delta: float, backend: str) -> Tensor:
-    """The transpose of the third of those, float64 ``(P,)``."""
-    if rows.numel() == 0:
-        return torch.zeros_like(rows)
-    if family(backend, rows) == "triton":
-        places = torch.arange(rows.numel(), device=rows.device)
-        return _module("triton_positives").below_grades(rows, None, grades, weights, places, delta)
-    kernel = partial(graded.below_grades, delta=delta)
-    return torch.from_numpy(_by_numpy(kernel, rows, None, grades, weights)).to(rows.device)
+        return rows.new_zeros(*_OF_ROWS[function], 0)
+    kind = family(backend, rows)
+    if kind == "triton":
+        return getattr(_module("triton_positives"), function)(rows, None, *vectors, delta)
+    kernel = partial(getattr(_module(_POSITIVES[kind]), function), delta=delta)
+    return torch.from_numpy(_by_numpy(kernel, rows, None, *vectors)).to(rows.device)
 
 
 def sort_rows(scores: Tensor, backend: str) -> tuple[Tensor, Tensor]:

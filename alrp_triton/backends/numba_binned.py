@@ -89,6 +89,21 @@ def _locate(x, scale, first, cells, cell, position):
 
 
 @jit
+def _halve(cell, position, knot, of_cell):
+    """From cell to half-cell, and to the position in that; of_cell: the knots of the cells.
+
+    Two loops, for in one with look-ups a condition becomes a branch, which nobody can predict.
+    """
+    for j in range(len(position)):
+        of_cell[j] = knot[cell[j]]
+    for j in range(len(position)):
+        y, k = position[j], of_cell[j]
+        above = y >= k
+        position[j] = y - k if above else y
+        cell[j] = np.uint32(2) * cell[j] + np.uint32(above)
+
+
+@jit
 def _search(x, cell, base, knots):
     """Bin of a column in a crowded cell."""
     low, high = base[cell], base[cell + 1]
@@ -119,7 +134,8 @@ def _count(
         if scale[s] == scale[s]:
             most = max(most, number_of_cells(s, low, bounds, scale, first))
     by_half = np.zeros((2 * most, 2))
-    cells_of, picked = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    halves_of, picked = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    of_cell = np.empty(STRIP, cell_knot.dtype)
     of_x, of_position, of_v = np.empty(STRIP, values.dtype), np.empty(STRIP, values.dtype), np.ones(STRIP)
     hidden, weighed = number(-np.inf), len(weights) > 0
     for b in range(len(segment)):
@@ -141,7 +157,8 @@ def _count(
                 take(weights, 0, run, runs, run_at[s], strip, v)
                 for j in range(size):
                     x[j] = x[j] if v[j] != 0 else hidden
-            _locate(x, wide, origin, cells, cells_of, position)
+            _locate(x, wide, origin, cells, halves_of, position)
+            _halve(halves_of, position, knot, of_cell)
             nan = False
             for j in range(size):
                 nan |= x[j] != x[j]
@@ -149,15 +166,13 @@ def _count(
                 total[0, 0] = np.nan
             crowded = np.uint32(0)  # signed numbers would be tested for being negative wherever they are an index
             for j in range(size):
-                c, y, w = cells_of[j], position[j], v[j]
-                k = knot[c]
-                half = np.uint32(2) * c + np.uint32(y >= k)
+                half, k, w = halves_of[j], of_cell[j], v[j]
                 by_half[half, 0] += w
-                by_half[half, 1] += w * (y - k if y >= k else y)
+                by_half[half, 1] += w * position[j]
                 picked[crowded] = np.uint32(j)
                 crowded += np.uint32(k != k)
             for j in picked[:crowded]:
-                bin = _search(x[j], cells_of[j], held, ladder)
+                bin = _search(x[j], halves_of[j] >> 1, held, ladder)
                 total[bin, 0] += v[j]
                 if slopes[bin]:
                     total[bin, 1] += v[j] * np.float64(x[j] - lows[bin])
@@ -265,7 +280,8 @@ def _evaluate(
         table, bounds[-1], len(bounds) - 1, most_cells, zero
     )
     number = values.dtype.type
-    cells_of, picked = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    halves_of, picked = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    of_cell = np.empty(STRIP, cell_knot.dtype)
     of_x, of_position, of_g = (
         np.empty(STRIP, values.dtype),
         np.empty(STRIP, values.dtype),
@@ -282,20 +298,23 @@ def _evaluate(
         wide, origin = number(scale[s]), number(first[s])
         for strip in range(begin[b], end[b], STRIP):
             size = min(STRIP, end[b] - strip)
-            x, position, g = of_x[:size], of_position[:size], of_g[:size]
-            take(values, shift, run, runs, run_at[s], strip, x)
+            position = of_position[:size]
+            if len(runs) == 1:  # as they stand in memory
+                x, g = values[strip - shift : strip - shift + size], out[strip - shift : strip - shift + size]
+            else:
+                x, g = of_x[:size], of_g[:size]
+                take(values, shift, run, runs, run_at[s], strip, x)
             if finite:
-                _locate(x, wide, origin, cells, cells_of, position)
+                _locate(x, wide, origin, cells, halves_of, position)
+                _halve(halves_of, position, knot, of_cell)
                 crowded = np.uint32(0)
                 for j in range(size):
-                    c, y = cells_of[j], position[j]
-                    k = knot[c]
-                    half = np.uint32(2) * c + np.uint32(y >= k)
-                    g[j] = halves[half, 0] + halves[half, 1] * (y - k if y >= k else y)
+                    half, k = halves_of[j], of_cell[j]
+                    g[j] = halves[half, 0] + halves[half, 1] * position[j]
                     picked[crowded] = np.uint32(j)
                     crowded += np.uint32(k != k)
                 for j in picked[:crowded]:
-                    bin = _search(x[j], cells_of[j], held, ladder)
+                    bin = _search(x[j], halves_of[j] >> 1, held, ladder)
                     y = lines[bin, 0]
                     if lines[bin, 1] != 0:  # 0 * inf is not what is meant
                         y += lines[bin, 1] * (x[j] - lows[bin])
@@ -305,7 +324,8 @@ def _evaluate(
             else:
                 g[:] = np.nan
             hide(marks, classes, excluded, run, runs, run_at[s], strip, g, number(0))
-            put(out, shift, run, runs, run_at[s], strip, g)
+            if len(runs) > 1:
+                put(out, shift, run, runs, run_at[s], strip, g)
 
 
 def _share(task: Callable[[slice, Tensor, int], None], columns: Columns, call: _Call) -> None:

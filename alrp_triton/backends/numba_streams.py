@@ -69,7 +69,8 @@ def take(values, shift, run, runs, first, begin, x):
         inside = begin + at - number * run
         size = min(len(x) - at, run - inside)
         column = runs[first + number] * run + inside - shift
-        x[at : at + size] = values[column : column + size]
+        for j in range(size):
+            x[at + j] = values[column + j]
         at += size
 
 
@@ -94,8 +95,9 @@ def hide(marks, classes, excluded, run, runs, first, begin, x, hidden):
                     x[j:stop] = hidden
                 anchor, c, j = anchor + 1, 0, stop
         else:
-            for j in range(size):
-                x[at + j] = x[at + j] if marks[column + j] == 0 else hidden
+            here, given = x[at : at + size], marks[column : column + size]
+            for j in range(size):  # without an offset, so that it becomes vector instructions
+                here[j] = here[j] if given[j] == 0 else hidden
         at += size
 
 

@@ -261,6 +261,10 @@ def _grid(rows: Tensor, tile: dict[str, int]) -> tuple[int]:
     return (blocks(rows.numel(), tile["ROWS"]),)
 
 
+def _in_order(rows: Tensor) -> Tensor:
+    return torch.arange(rows.numel(), device=rows.device)
+
+
 def among_rows(rows: Tensor, row_groups: Tensor | None, values: Tensor, delta: float) -> Tensor:
     """Products ``(3, P)`` of the rows' own matrix H with 1 and with v, and v ranked, R v."""
     out = rows.new_empty(3, rows.numel())
@@ -281,9 +285,11 @@ def among_grades(rows: Tensor, row_groups: Tensor | None, grades: Tensor, delta:
     return out
 
 
-def below_rows(rows: Tensor, row_groups: Tensor | None, weights: Tensor, order: Tensor, delta: float) -> Tensor:
+def below_rows(
+    rows: Tensor, row_groups: Tensor | None, weights: Tensor, delta: float, order: Tensor | None = None
+) -> Tensor:
     """The transpose of the last of :func:`among_rows`, R^T w; to the places that ``order`` tells."""
-    out = torch.empty_like(rows)
+    out, order = torch.empty_like(rows), _in_order(rows) if order is None else order
     with torch.cuda.device_of(rows):
         below_rows_kernel[_grid(rows, AMONG_TILE)](
             rows, row_groups, weights, order, out, rows.numel(), HARD=delta == 0, num_warps=WARPS, **AMONG_TILE
@@ -296,13 +302,13 @@ def below_grades(
     row_groups: Tensor | None,
     grades: Tensor,
     weights: Tensor,
-    order: Tensor,
     delta: float,
+    order: Tensor | None = None,
     pulls: Tensor | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
     """The transpose of the third of :func:`among_grades`, less pulls; to the places that ``order`` tells, of own[1]."""
-    own = rows.new_empty(2, rows.numel()) if own is None else own
+    own, order = rows.new_empty(2, rows.numel()) if own is None else own, _in_order(rows) if order is None else order
     with torch.cuda.device_of(rows):
         below_grades_kernel[_grid(rows, GRADED_TILE)](
             rows, row_groups, grades, weights, pulls, order, own, rows.numel(), delta, HARD=delta == 0,
@@ -335,7 +341,7 @@ def terms(
             formulas.at_zero(delta), eps, LOSS=LOSSES[loss], BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     if loss == "alrp":
-        of_values = below_rows(rows, row_groups, weights, order, delta)
+        of_values = below_rows(rows, row_groups, weights, delta, order)
     elif loss == "rank_sort":
-        below_grades(rows, row_groups, values, weights, order, delta, pulls, own)
+        below_grades(rows, row_groups, values, weights, delta, order, pulls, own)
     return first, second, rank, own, share, of_values
