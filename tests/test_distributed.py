@@ -120,12 +120,22 @@ def test_an_error_without_tensors_reaches_the_others(
     given: str, backends: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NCCL carries no tensor of a CPU: what is told has to be on a GPU, also where the call that failed had no tensor."""
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def backends_of(_: object) -> str:
+        return backends
+
+    def group_of(_: object) -> tuple[str, int]:
+        return "a group", 2
+
+    def tell(count: int, call: str, group: object, device: torch.device) -> None:
+        told.append(device)
+
     told = list[torch.device]()
-    monkeypatch.setattr(distributed, "name_and_size", lambda group: ("a group", 2))
-    monkeypatch.setattr(distributed, "_group", lambda name: object())
-    monkeypatch.setattr(distributed, "_counts", lambda count, call, group, device: told.append(device))
+    monkeypatch.setattr(dist, "get_backend_config", backends_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(distributed, "name_and_size", group_of)
+    monkeypatch.setattr(distributed, "_group", group_of)
+    monkeypatch.setattr(distributed, "_counts", tell)
     distributed._tell(object(), "an error", torch.device(given))  # pyright: ignore[reportPrivateUsage]
     assert told == [torch.device(wanted)]
 
