@@ -106,8 +106,8 @@ def columns_of(logits: Tensor, marks: Tensor | None, num_classes: int | None, gr
 
 def empty_tables(rows: Tensor, row_groups: Tensor | None, columns: Columns, backend: str) -> list[Tensor]:
     """What a backend keeps of its rows from one product to the next, uninitialised; the same for a whole family."""
-    module = {"torch": "torch_binned", "numba": "numba_binned", "triton": "triton_binned"}[family(backend, rows)]
-    return _module(module).empty_tables(rows, row_groups is not None, columns)
+    module = _module(f"{family(backend, rows)}_binned")
+    return module.empty_tables(rows, row_groups is not None, columns)
 
 
 def tables_for(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, backend: str) -> list[Tensor]:

@@ -30,7 +30,7 @@ _alrp, _precision_error, _rank_sort = map(jit, (formulas.alrp, formulas.precisio
 
 @jit
 def _finite(rows, values):
-    """0, or NaN if a row, of ascending ones, or a value is not finite."""
+    """Two times 0, or NaN: if a row, of ascending ones, or if a value is not finite."""
     poison = (rows[0] + rows[-1]) * 0
     of_values = 0.0
     for value in values:

@@ -61,16 +61,32 @@ def block_size(columns: int, rows: int) -> int:
 
 
 @jit
+def _piece(run, runs, first, begin, most):
+    """Where in memory a stream goes on at ``begin``: the column, and how many follow it there, at most so many."""
+    number = begin // run
+    inside = begin - number * run
+    return runs[first + number] * run + inside, min(most, run - inside)
+
+
+@jit
 def take(values, shift, run, runs, first, begin, x):
     """A strip of a stream, from ``begin`` on, to x. ``values`` begin at column ``shift``."""
     at = 0
     while at < len(x):
-        number = (begin + at) // run
-        inside = begin + at - number * run
-        size = min(len(x) - at, run - inside)
-        column = runs[first + number] * run + inside - shift
+        column, size = _piece(run, runs, first, begin + at, len(x) - at)
         for j in range(size):
-            x[at + j] = values[column + j]
+            x[at + j] = values[column - shift + j]
+        at += size
+
+
+@jit
+def put(out, shift, run, runs, first, begin, g):
+    """The results of a strip of a stream to their columns."""
+    at = 0
+    while at < len(g):
+        column, size = _piece(run, runs, first, begin + at, len(g) - at)
+        for j in range(size):
+            out[column - shift + j] = g[at + j]
         at += size
 
 
@@ -79,10 +95,7 @@ def hide(marks, classes, excluded, run, runs, first, begin, x, hidden):
     """Make ``hidden`` of what does not count of a strip."""
     at = 0
     while at < len(x) and (classes > 0 or len(marks) > 0):
-        number = (begin + at) // run
-        inside = begin + at - number * run
-        size = min(len(x) - at, run - inside)
-        column = runs[first + number] * run + inside
+        column, size = _piece(run, runs, first, begin + at, len(x) - at)
         if classes > 0:
             anchor = column // classes
             j, c = at, column - anchor * classes
@@ -98,18 +111,4 @@ def hide(marks, classes, excluded, run, runs, first, begin, x, hidden):
             here, given = x[at : at + size], marks[column : column + size]
             for j in range(size):  # without an offset, so that it becomes vector instructions
                 here[j] = here[j] if given[j] == 0 else hidden
-        at += size
-
-
-@jit
-def put(out, shift, run, runs, first, begin, g):
-    """The results of a strip of a stream to their columns."""
-    at = 0
-    while at < len(g):
-        number = (begin + at) // run
-        inside = begin + at - number * run
-        size = min(len(g) - at, run - inside)
-        column = runs[first + number] * run + inside - shift
-        for j in range(size):
-            out[column + j] = g[at + j]
         at += size

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from .. import formulas
-from . import graded
+from .graded import among_grades, below_grades
 from .knots import Floats, Indices, make_knots
+
+__all__ = ["among_grades", "among_rows", "below_grades", "below_rows", "terms"]
 
 _quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -53,18 +55,6 @@ def below_rows(rows: Floats, weights: Floats, bounds: Indices, delta: float) -> 
         return _ranked(-s[::-1], w[::-1], formulas.at_zero(delta))[::-1].copy()
 
     return _by_segment(of_segment, bounds, rows, weights)
-
-
-@_quiet
-def among_grades(rows: Floats, grades: Floats, bounds: Indices, delta: float) -> Floats:
-    """Sums ``(4, P)`` of H and of H (1 - t) over the rows of no lower, and of lower grade."""
-    return graded.among_grades(rows, grades, bounds, delta)
-
-
-@_quiet
-def below_grades(rows: Floats, grades: Floats, weights: Floats, bounds: Indices, delta: float) -> Floats:
-    """The transpose of the third of :func:`among_grades`."""
-    return graded.below_grades(rows, grades, weights, bounds, delta)
 
 
 @_quiet
