@@ -12,9 +12,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from alrp_triton.backends import (
+    triton_among,
     triton_binned,
+    triton_graded,
     triton_positives,
+    triton_prefix,
     triton_sort,
+    triton_sums,
     triton_targets,
     triton_tiled,
 )
@@ -41,6 +45,7 @@ _TYPES = {
     "own_ptr": "*fp64", "share_ptr": "*fp64", "pulls_ptr": "*fp64", "groups_ptr": "*i64",
     "at_zero": "fp64", "eps": "fp64", "grades_ptr": "*fp64",
     "keys_ptr": "*fp64", "sorted_ptr": "*fp64",
+    "work_ptr": "*i64", "nan_ptr": "*i64", "below_ptr": "*{W}", "of_values_ptr": "*fp64",
     "table_ptr": "*i64", "targets_ptr": "*i64", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
@@ -54,6 +59,7 @@ class Kernel(NamedTuple):
     warps: int
     unit: str = ""  # what it does most of: pair, column, target
     units: int = 0  # so many a program
+    options: tuple[tuple[str, int], ...] = ()  # of the compiler
 
     @property
     def pairs(self) -> int:
@@ -101,25 +107,35 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         return {name: kernel for name, kernel in found.items() if name.removesuffix(" hard") in reads_columns}
     found["binned knots"] = Kernel(triton_binned.knots_kernel, {"BLOCK": 128}, {}, triton_binned.WARPS)
     found["binned table"] = Kernel(triton_binned.lut_kernel, {"BLOCK": 256}, {}, triton_binned.WARPS)
+    # With groups what they add is in the code; without, it is not.
+    steps = ("", False, {"groups_ptr": None}), (" hard", True, {"groups_ptr": None}), (" in groups", False, {})
+    config = dict(triton_prefix.LAUNCH_AMD if target.startswith("gfx") else triton_prefix.LAUNCH)
+    in_blocks, warps = {"BLOCK": config.pop("BLOCK")}, config.pop("num_warps")
+    options = tuple(config.items())
+    for step, hard, groups in steps:
+        flags = in_blocks | groups | {"HARD": hard}
+        found |= {
+            f"sums of bins{step}": Kernel(triton_sums.sums_kernel, flags, {"out_ptr": "*fp64"}, warps, options=options),
+            f"lines of bins{step}": Kernel(triton_sums.lines_kernel, flags, {}, warps, options=options),
+        }
     if columns == "fp32":
         rows, out = triton_positives, {"out_ptr": "*fp64"}
         dense = {"SIGNED": True, "GRADED": False, "BLOCK": triton_targets.BLOCK}
-        # With groups what they add is in the code; without, it is not.
-        for step, hard, groups in (("", False, {}), (" hard", True, {}), (" in groups", False, {"groups_ptr": "*i64"})):
-            among, graded = ({**tile, "HARD": hard} for tile in (rows.AMONG_TILE, rows.GRADED_TILE))
-            if not groups:
-                among, graded = among | {"groups_ptr": None}, graded | {"groups_ptr": None}
+        for step, hard, groups in steps:
+            flags, graded = in_blocks | groups | {"HARD": hard}, triton_graded.TILE | groups | {"HARD": hard}
             found |= {
-                f"among rows{step}": Kernel(rows.among_rows_kernel, among, out, rows.WARPS),
-                f"below rows{step}": Kernel(rows.below_rows_kernel, among, out, rows.WARPS),
-                f"among grades{step}": Kernel(rows.among_grades_kernel, graded, out, rows.WARPS),
-                f"below grades{step}": Kernel(rows.below_grades_kernel, graded, out, rows.WARPS),
+                f"among rows{step}": Kernel(triton_among.among_rows_kernel, flags, out, warps, options=options),
+                f"below rows{step}": Kernel(triton_among.below_rows_kernel, flags, out, warps, options=options),
+                f"among grades{step}": Kernel(triton_graded.among_grades_kernel, graded, out, triton_graded.WARPS),
+                f"below grades{step}": Kernel(triton_graded.below_grades_kernel, graded, out, triton_graded.WARPS),
             }
-        for loss, number in rows.LOSSES.items():
-            terms = {"LOSS": number, "BLOCK": rows.BLOCK}
-            found[f"{loss} terms"] = Kernel(rows.terms_kernel, terms | {"groups_ptr": None}, {}, rows.WARPS)
-        terms = {"LOSS": rows.LOSSES["interpolated_ap"], "BLOCK": rows.BLOCK}
-        found["interpolated_ap terms in groups"] = Kernel(rows.terms_kernel, terms, {}, rows.WARPS)
+            for loss, number in rows.LOSSES.items():
+                found[f"{loss} terms{step}"] = Kernel(
+                    rows.terms_kernel, flags | {"LOSS": number}, {}, warps, options=options
+                )
+        found["rank_sort terms"] = Kernel(
+            rows.rank_sort_kernel, {"BLOCK": rows.RANK_SORT_BLOCK}, {}, rows.RANK_SORT_WARPS
+        )
         found |= {
             "sort": Kernel(triton_sort.sort_kernel, triton_sort.TILE, {}, triton_sort.WARPS),
             "targets dense": Kernel(
@@ -150,7 +166,7 @@ def compile_for(kernel: Kernel, target: str, columns: str = "fp32") -> Any:
         if signature[argument].startswith("*") and argument != "most_ptr"
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps})
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps, **dict(kernel.options)})
 
 
 @cache

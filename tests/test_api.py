@@ -64,8 +64,8 @@ def test_layers_import_one_way() -> None:
     order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "columns", "threads", "segments", "knots", "graded", "positives", "torch_targets", "torch_binned", "numba_jit",
-        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_sort", "triton_binned", "triton_targets",
-        "triton_positives",
+        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_sort", "triton_prefix", "triton_sums", "triton_binned", "triton_targets",
+        "triton_among", "triton_graded", "triton_positives",
     ]  # fmt: skip
     inside = {
         "backends": within,

@@ -106,7 +106,7 @@ def test_footprint(kernels: Backend, in_forward: int, in_backward: int, form: st
     assert backward.of_size_n() == [4]
     # Indices of the positives, and their scores, are sorted.
     find = ["classes_kernel" if form == "classes" else "dense_kernel", "sort_kernel", "sort_kernel"]
-    terms = ["among_rows_kernel", "terms_kernel", "below_rows_kernel"]
+    terms = ["terms_kernel"]
     if kernels == "triton_tiled":
         assert forward.launches == [*find, "matvec_kernel", *terms]
         assert backward.launches == ["prepare_kernel", "rmatvec_kernel"]

@@ -1,0 +1,246 @@
+"""Sums over the bins between the knots of the rows, in Triton: what each row has of its columns, and each bin of rows.
+
+For both products of the binned kernels: ``sums_kernel`` makes of the counts and moments of bins the sum of h over all
+columns for each row, ``lines_kernel`` of the weights of rows the line that a column meets in each bin. Each is one
+program, linear in P, by the prefix sums of :mod:`.triton_prefix`. The step of row i is on in the bins from its lower to
+its upper knot, and in the bin t of a lower knot are on those steps that are in the bins of a row's window.
+"""
+
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_prefix import (
+    add_up,
+    begins_group,
+    bounds_of,
+    difference,
+    end_runs,
+    fixed,
+    is_finite,
+    is_jump,
+    largest_of,
+    moment_about,
+    moment_of,
+    number_runs,
+    origin_of,
+    scale_for,
+    split_of,
+    width_of,
+)
+
+
+@triton.jit
+def _knot_at(knots_ptr, t, inside):
+    """A knot, finite as triton_binned has it: one that is not counts for no row's slope."""
+    dtype: tl.constexpr = knots_ptr.dtype.element_ty
+    most: tl.constexpr = 1.7e308 if dtype == tl.float64 else 3.4e38
+    knot = tl.load(knots_ptr + t, mask=inside, other=0.0).to(tl.float64)
+    return tl.minimum(tl.maximum(knot, -most), most)
+
+
+@triton.jit
+def _row_at(rows_ptr, index, dtype: tl.constexpr):
+    return tl.load(rows_ptr + index).to(dtype).to(tl.float64)
+
+
+@triton.jit
+def _sum_bins(
+    groups_ptr, knots_ptr, table_ptr, work_ptr, P, copies, rate, width, BLOCK: tl.constexpr, HARD: tl.constexpr
+):
+    """Prefix sums over the bins, of counts and of moments about the origins, and their runs, at _COUNTS … of work."""
+    stride = 2 * P + 2
+    count_sum = tl.full([], 0, tl.int64)
+    moment_sum = count_sum
+    runs = count_sum
+    for place in tl.static_range(3):
+        tl.store(work_ptr + place * stride, 0)
+    for begin in range(0, 2 * P, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        inside = t < 2 * P
+        count = tl.zeros([BLOCK], tl.int64)
+        moment = count
+        for copy in range(copies):
+            count += tl.load(table_ptr + copy * 4 * P + t, mask=inside, other=0)
+            if not HARD:
+                moment += tl.load(table_ptr + copy * 4 * P + 2 * P + t, mask=inside, other=0)
+        count_sum = add_up(count, count_sum, work_ptr, 0, t, inside)
+        begins = (t % 2 == 0) & begins_group(groups_ptr, t // 2, inside)  # a group of so many rows has twice the knots
+        cell_begins = begins
+        if not HARD:
+            knot = _knot_at(knots_ptr, t, inside)
+            origin = origin_of(knot, width)
+            before = origin_of(_knot_at(knots_ptr, t - 1, inside & (t > 0)), width)
+            cell_begins = begins | (origin != before)
+            moment += moment_of(count, knot, origin, rate)
+            moment_sum = add_up(moment, moment_sum, work_ptr, stride, t, inside)
+        runs = number_runs(cell_begins, begins, runs, work_ptr, 2 * stride, 3 * stride, 4 * stride, t, inside)
+    end_runs(runs, 2 * P, work_ptr, 3 * stride, 4 * stride)
+
+
+@triton.jit(do_not_specialize=["P", "copies"])
+def sums_kernel(
+    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, table_ptr, nan_ptr, work_ptr, out_ptr, P, copies,
+    delta: tl.float64, unit: tl.float64, BLOCK: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """One program: the sum of h over all columns for each row -> out, from what count_kernel has added up for each bin.
+
+    table: int64 (copies, 2, 2P), times ``unit`` counts and moments; nan: int64 (P,), where a group begins how many NaN
+    it has. All counts together are at most 2**60 in absolute value, and each moment is at most two of its counts.
+    """
+    dtype: tl.constexpr = knots_ptr.dtype.element_ty
+    stride = 2 * P + 2
+    delta = tl.full([], delta, tl.float64)
+    rate = delta
+    width = delta
+    if not HARD:
+        rate = 0.5 / delta
+        width = width_of(delta, 3)  # a window of knots, rounded up, is shorter than 8 delta
+    _sum_bins(groups_ptr, knots_ptr, table_ptr, work_ptr, P, copies, rate, width, BLOCK, HARD)
+    tl.debug_barrier()
+    for block in range(0, P, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        inside = index < P
+        index = tl.minimum(index, P - 1)
+        row = _row_at(rows_ptr, index, dtype)
+        rise = tl.minimum(tl.maximum(tl.load(rise_ptr + index), 0), 2 * P - 1)  # whatever NaN made of them
+        done = tl.minimum(tl.maximum(tl.load(done_ptr + index), 1), 2 * P)
+        begin, stop = bounds_of(groups_ptr, work_ptr, 2 * stride, 4 * stride, 2 * index, 2 * P)
+        total = difference(work_ptr, 0, done, stop).to(tl.float64)
+        window = difference(work_ptr, 0, rise, done)
+        if HARD:
+            total += window.to(tl.float64)
+        else:
+            split = split_of(rise, done, work_ptr, 2 * stride, 3 * stride)
+            low = origin_of(_knot_at(knots_ptr, rise, inside), width)
+            high = origin_of(_knot_at(knots_ptr, done - 1, inside), width)
+            sloped = moment_about(row - delta, rise, split, done, low, high, rate, work_ptr, 0, stride)
+            total += tl.where(is_jump(row, delta, dtype), 0.5 * window.to(tl.float64), sloped.to(tl.float64))
+        bad = ~(is_finite(_row_at(rows_ptr, begin // 2, dtype)) & is_finite(_row_at(rows_ptr, stop // 2 - 1, dtype)))
+        bad = bad | (tl.load(nan_ptr + begin // 2) != 0)
+        tl.store(out_ptr + index, tl.where(bad, float("nan"), total * unit), mask=inside)
+
+
+@triton.jit
+def _sum_weights(
+    rows_ptr, groups_ptr, weights_ptr, work_ptr, P, factor, scale, delta, rate, width,
+    dtype: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Prefix sums over the rows of weights, of those with a slope, of their moments, of what is not finite; runs."""
+    stride = P + 2
+    weight_sum = tl.full([], 0, tl.int64)
+    slope_sum = weight_sum
+    moment_sum = weight_sum
+    bad_sum = weight_sum
+    runs = weight_sum
+    for place in tl.static_range(5):
+        tl.store(work_ptr + place * stride, 0)
+    for begin in range(0, P, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        inside = index < P
+        weight = tl.load(weights_ptr + index, mask=inside, other=0.0) * factor
+        row = tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)
+        bad = ~(is_finite(row) & is_finite(weight))
+        bad_sum = add_up(bad.to(tl.int64), bad_sum, work_ptr, 3 * stride, index, inside)
+        weight = fixed(weight, scale)
+        weight_sum = add_up(weight, weight_sum, work_ptr, 0, index, inside)
+        begins = begins_group(groups_ptr, index, inside)
+        cell_begins = begins
+        if not HARD:
+            before = tl.load(rows_ptr + index - 1, mask=inside & (index > 0), other=0.0).to(dtype).to(tl.float64)
+            origin = origin_of(row - delta, width)
+            cell_begins = begins | (origin != origin_of(before - delta, width))
+            weight = tl.where(is_jump(row, delta, dtype), 0, weight)
+            slope_sum = add_up(weight, slope_sum, work_ptr, stride, index, inside)
+            moment = tl.where(bad, 0, moment_of(weight, row - delta, origin, rate))
+            moment_sum = add_up(moment, moment_sum, work_ptr, 2 * stride, index, inside)
+        runs = number_runs(cell_begins, begins, runs, work_ptr, 4 * stride, 5 * stride, 6 * stride, index, inside)
+    end_runs(runs, P, work_ptr, 5 * stride, 6 * stride)
+
+
+@triton.jit
+def _write_line(
+    t, begin, first, last, bad, inside, rows_ptr, knots_ptr, lines_ptr, work_ptr, P, unit, delta, rate, width,
+    HARD: tl.constexpr,
+):  # fmt: skip
+    """The line of bin t, in which rows [begin, first) have h = 1 and rows [first, last) a slope or a half."""
+    dtype: tl.constexpr = knots_ptr.dtype.element_ty
+    stride = P + 2
+    t = tl.minimum(tl.maximum(t, 0), 2 * P - 1)  # whatever NaN made of them
+    first = tl.minimum(tl.maximum(first, 0), P)
+    last = tl.minimum(tl.maximum(last, 0), P)
+    if HARD:
+        value = difference(work_ptr, 0, begin, last).to(tl.float64)
+        slope = value * 0.0
+    else:
+        split = split_of(first, last, work_ptr, 4 * stride, 5 * stride)
+        low = origin_of(_row_at(rows_ptr, tl.minimum(first, P - 1), dtype) - delta, width)
+        high = origin_of(_row_at(rows_ptr, tl.maximum(last - 1, 0), dtype) - delta, width)
+        knot = _knot_at(knots_ptr, t, inside)
+        about = moment_about(knot, first, split, last, low, high, rate, work_ptr, stride, 2 * stride)
+        sloped = difference(work_ptr, stride, first, last)
+        jumping = (difference(work_ptr, 0, first, last) - sloped).to(tl.float64)
+        value = (difference(work_ptr, 0, begin, first) - about).to(tl.float64) + 0.5 * jumping
+        slope = sloped.to(tl.float64)
+    nan = float("nan")
+    tl.store(lines_ptr + 2 * t, tl.where(bad, nan, value * unit).to(dtype), mask=inside)
+    tl.store(lines_ptr + 2 * t + 1, tl.where(bad, nan, slope * unit).to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["P"])
+def lines_kernel(
+    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, share_ptr, first_ptr, lines_ptr, below_ptr, work_ptr, P,
+    delta: tl.float64, BLOCK: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """One program: the sum of share h over the rows -> lines[bins, 0 and 1]: value at the lower knot, and slope.
+
+    Shares are multiplied by first, if that is not None. below: 0, or NaN for the rows of a group that has a row or
+    share that is not finite, whose lines are NaN too.
+    """
+    dtype: tl.constexpr = knots_ptr.dtype.element_ty
+    stride = P + 2
+    factor = tl.full([], 1.0, tl.float64)
+    if first_ptr is not None:
+        factor = tl.load(first_ptr).to(tl.float64)
+    scale, unit = scale_for(largest_of(share_ptr, factor, P, BLOCK), P, 60)
+    delta = tl.full([], delta, tl.float64)
+    rate = delta
+    width = delta
+    if not HARD:
+        rate = 0.5 / delta
+        width = width_of(delta, 3)
+    _sum_weights(rows_ptr, groups_ptr, share_ptr, work_ptr, P, factor, scale, delta, rate, width, dtype, BLOCK, HARD)
+    tl.debug_barrier()
+    for block in range(0, P, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        inside = index < P
+        index = tl.minimum(index, P - 1)
+        begin, stop = bounds_of(groups_ptr, work_ptr, 4 * stride, 6 * stride, index, P)
+        bad = difference(work_ptr, 3 * stride, begin, stop) != 0
+        tl.store(below_ptr + index, tl.where(bad, float("nan"), 0.0).to(dtype), mask=inside)
+        # Of the t + 1 knots up to its own lower one so many are lower ones as rows come up to it, all others are upper
+        # ones; likewise at its upper knot. NaN have no knots in order: they write the lines of a group by their place.
+        rise = tl.where(bad, 2 * index, tl.load(rise_ptr + index))
+        _write_line(
+            rise, begin, rise - index, index + 1, bad, inside, rows_ptr, knots_ptr, lines_ptr, work_ptr, P, unit, delta,
+            rate, width, HARD,
+        )  # fmt: skip
+        done = tl.where(bad, 2 * index + 1, tl.load(done_ptr + index))
+        _write_line(
+            done, begin, index + 1, done - index, bad, inside, rows_ptr, knots_ptr, lines_ptr, work_ptr, P, unit, delta,
+            rate, width, HARD,
+        )  # fmt: skip
+
+
+def work_of_sums(rows: Tensor) -> Tensor:
+    """Memory in which :func:`sums_kernel` hands from pass to pass."""
+    return torch.empty(5 * (2 * rows.numel() + 2), dtype=torch.int64, device=rows.device)
+
+
+def work_of_lines(rows: Tensor) -> Tensor:
+    """Memory in which :func:`lines_kernel` hands from pass to pass."""
+    return torch.empty(7 * (rows.numel() + 2), dtype=torch.int64, device=rows.device)
