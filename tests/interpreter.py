@@ -37,3 +37,28 @@ def hasten() -> None:
         return scope
 
     interpreter._patch_lang = prepare_once
+    numpys, find = dict[str, Any](), interpreter._get_np_dtype
+    interpreter._get_np_dtype = lambda of: numpys.get(of.name) or numpys.setdefault(of.name, find(of))
+    _remember_shapes(language.core)
+
+
+def _remember_shapes(core: Any) -> None:
+    """Each number of a kernel makes a type of its shape, and a tuple of that: there are few, and they never change."""
+    of_type, of_tensor = core.block_type.__init__, core.tensor.__init__
+    types, shapes = dict[Any, dict[str, Any]](), dict[str, tuple[Any, Any]]()
+
+    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in types:
+            of_type(self, element_ty, shape)
+            types[key] = vars(self).copy()
+        vars(self).update(types[key], element_ty=element_ty)
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in shapes:
+            of_tensor(self, handle, type)
+            shapes[type.name] = self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shapes[type.name]
+
+    core.block_type.__init__, core.tensor.__init__ = make_type, make_tensor
