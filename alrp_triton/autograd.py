@@ -57,6 +57,7 @@ class Logits(NamedTuple):
     """The logits of this process, flat, and which of them are negatives, as the operators take them."""
 
     flat: Tensor
+    """Contiguous: 1-D logits can be flat and lie apart in memory."""
     marks: Tensor
     num_classes: int | None
     groups: Tensor | None
@@ -98,18 +99,17 @@ class RankingLoss(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         if values is not None:
             dtype = torch.promote_types(dtype, values.dtype)
-        first, second, rank, own, share, of_values = operators.terms(
+        first, second, rank, own, share = operators.terms(
             settings.loss, ranked.rows, ranked.groups, ranked.values, ranked.order, false_positives, settings.delta,
             settings.eps, dtype, settings.backend,
         )  # fmt: skip
         if mine is not None:
             rank, own = rank.index_select(0, mine), own.index_select(1, mine)
-            of_values = of_values.index_select(0, mine) if settings.loss == "alrp" else of_values
         wants_logits, wants_values = ctx.needs_input_grad[:2]
         ctx.settings, ctx.num_classes = settings, num_classes
         ctx.save_for_backward(
-            logits, values if wants_values else None, positives, ranked.rows, ranked.groups, own, share, of_values,
-            flat, marks, groups, *tables,
+            logits, values if wants_values else None, positives, ranked.rows, ranked.groups, own, share, flat,
+            marks, groups, *tables,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         outputs: dict[str, tuple[Tensor, ...]] = {
@@ -124,25 +124,28 @@ class RankingLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, values, positives, rows, row_groups, own, share, of_values, flat, marks, groups, *tables = (
-            ctx.saved_tensors
-        )
+        logits, values, positives, rows, row_groups, own, share, flat, marks, groups, *tables = ctx.saved_tensors
         settings: Settings = ctx.settings
         of_first, of_second = (*grad_outputs, None)[:2]
+        of_alrp = settings.loss == "alrp"
         grad_logits = grad_values = None
         with torch.no_grad():
             first, second = (
                 g if g is None or settings.gradient_scale == 1 else g * settings.gradient_scale
                 for g in (of_first, of_second)
             )
-            pulls_second = second if settings.loss == "rank_sort" else None
-            if ctx.needs_input_grad[0] and not (first is None and pulls_second is None):
-                grad_logits = operators.spread(
-                    rows, row_groups, share, own, positives, first, pulls_second, flat, marks, ctx.num_classes,
-                    groups, tables, settings.delta, settings.backend,
-                ).reshape(logits.shape)  # fmt: skip
-            if ctx.needs_input_grad[1] and settings.loss == "alrp" and second is not None:
-                grad_values = (of_values * second).to(values.dtype)
+            of_values = second if of_alrp and ctx.needs_input_grad[1] else None
+            second = None if of_alrp else second  # that of the other losses is one of logits
+            if not ctx.needs_input_grad[0]:
+                first = second = None
+            if first is not None or second is not None or of_values is not None:
+                of_logits, grad = operators.spread(
+                    rows, row_groups, share, own, positives, first, second, of_values,
+                    flat.dtype if of_values is None else values.dtype, flat, marks, ctx.num_classes, groups, tables,
+                    settings.delta, settings.backend,
+                )  # fmt: skip
+                grad_logits = None if first is None and second is None else of_logits.reshape(logits.shape)
+                grad_values = None if of_values is None else grad
         # create_graph=True; what was compiled refuses it by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             cause = [t for t in (logits, values, of_first, of_second) if t is not None and t.requires_grad]
@@ -168,7 +171,7 @@ def ranking_loss(
         settings: see there.
     """
     name, backend = settings.process_group, settings.backend
-    targets, flat, values = targets.detach(), logits.detach().reshape(-1), known.values
+    targets, flat, values = targets.detach(), logits.detach().reshape(-1).contiguous(), known.values
     if groups is not None:  # a copy: it is kept for the backward pass, and the caller may write on
         groups = groups.reshape(-1).to(torch.int64, copy=True)
     find = operators.find if known.number is not None else operators.of_unknown_size(operators.find)
@@ -177,7 +180,7 @@ def ranking_loss(
         known.source, backend,
     )  # fmt: skip
     if form.num_classes is None and targets.dtype.itemsize == 1:
-        marks = targets.reshape(-1).view(torch.uint8)
+        marks = targets.reshape(-1).contiguous().view(torch.uint8)
     row_groups = None if groups is None else row_groups
     mine = own_order = None
     if name:

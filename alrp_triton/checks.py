@@ -1,7 +1,7 @@
 """What may be passed in: checks that name the argument and what was seen, made before any work is done."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from typing import Literal, ParamSpec, TypeVar
@@ -130,16 +130,21 @@ def check_values(condition: Tensor | bool, error: Callable[[], ValueError], mess
         raise error()
 
 
-def check_ious(ious: Tensor) -> None:
-    """Raise ValueError unless IoUs are in [0, 1], or above by rounding. NaN is let through, and shows in the loss."""
-    outside = (ious < 0) | (ious > MOST_GRADE)
+def check_ious(ious: Tensor, sound: Tensor | bool | None = None) -> None:
+    """Raise ValueError unless IoUs are in [0, 1], or above by rounding. NaN is let through, and shows in the loss.
+
+    ``sound``: whether they are, if it is known.
+    """
+    if sound is None:
+        sound = ~((ious < 0) | (ious > MOST_GRADE)).any()
 
     def error() -> ValueError:
+        outside = (ious < 0) | (ious > MOST_GRADE)
         return ValueError(
             f"ious must be in [0, 1], got {ious[outside][:5].tolist()} among {int(outside.sum())} values that are not"
         )
 
-    check_values(~outside.any(), error, "alrp_triton: ious must be in [0, 1]")
+    check_values(sound, error, "alrp_triton: ious must be in [0, 1]")
 
 
 def check_marks(
@@ -150,7 +155,8 @@ def check_marks(
     graded: bool,
     count: int,
     source: str,
-    status: Tensor,
+    found: Tensor | int,
+    sound: Sequence[Tensor | bool],
 ) -> None:
     """Raise ValueError if values of targets mean nothing, or mark another number of positives than ``count``.
 
@@ -162,8 +168,8 @@ def check_marks(
         graded: see there.
         count: the number of positives, as the caller knows it.
         source: the argument from which the caller knows it, for the error.
-        status: int64 ``(2,)``, what reading the targets gave: the number of positives, and of values that mean nothing
-            (or just not 0).
+        found: the number of positives that the targets mark.
+        sound: whether all values mean something, and whether that number is right.
     """
     if graded:
         meaning = "dense targets must be an IoU above 0 and up to 1 (positive), 0 (negative) or -1 (ignored)"
@@ -174,7 +180,6 @@ def check_marks(
             f"class-index targets must be a class from 0 to {num_classes - 1}, {background} (background) or "
             f"{ignore_index} (ignored)"
         )
-    found, bad = status if status.device.type == "cuda" else status.tolist()
 
     def bad_values() -> ValueError:
         known = {background, ignore_index, *range(2 if num_classes is None else num_classes)}
@@ -199,5 +204,5 @@ def check_marks(
             f"got {count} {source}, but targets mark {int(found)} positives"
         )
 
-    check_values(bad == 0, bad_values, f"alrp_triton: {meaning}")
-    check_values(found == count, bad_count, f"alrp_triton: targets do not mark {count} positives")
+    check_values(sound[0], bad_values, f"alrp_triton: {meaning}")
+    check_values(sound[1], bad_count, f"alrp_triton: targets do not mark {count} positives")

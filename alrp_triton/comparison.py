@@ -65,8 +65,8 @@ class ComparisonMatrix:
         self._delta, self._backend, self._shape = check_delta(delta), backend, columns.shape
         self._rows, self.order = dispatch.sort_rows(rows.detach().double(), backend)
         """``order``: ascending, stable argsort of the rows, int64 ``(P,)``."""
-        marks = None if mask is None else mask.reshape(-1).logical_not().view(torch.uint8)
-        self._columns = Columns(columns.detach().reshape(-1), marks)
+        marks = None if mask is None else mask.reshape(-1).contiguous().logical_not().view(torch.uint8)
+        self._columns = Columns(columns.detach().reshape(-1).contiguous(), marks)
         self._tables = dispatch.tables_for(self._rows, None, self._columns, self._delta, backend)
 
     def _as_given(self, values: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class ComparisonMatrix:
             check_same_device(columns=columns.values, v=v)
             if v.shape != self._shape:
                 raise ValueError(f"v must have the shape of columns, {tuple(self._shape)}, got {tuple(v.shape)}")
-            v = v.detach().reshape(-1)
+            v = v.detach().reshape(-1).contiguous()
             columns = columns._replace(marks=v if columns.marks is None else torch.where(columns.marks == 0, v, 0.0))
         sums = dispatch.matvec(self._rows, None, columns, self._delta, self._tables, self._backend)
         if columns.weights is not None:

@@ -77,7 +77,7 @@ def check_backend(backend: str, device: torch.device) -> None:
             )
 
 
-def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
+def resolve(backend: str, device_type: str, rows: int, columns: int, grouped: bool = False) -> str:
     """The backend that runs a product; what ``"auto"`` and ``"triton"`` stand for is stated here."""
     if backend == "auto":
         if device_type == "cuda":  # ROCm builds of torch call their devices so, too
@@ -85,7 +85,7 @@ def resolve(backend: str, device_type: str, rows: int, columns: int) -> str:
         else:
             backend = "numba" if device_type == "cpu" and _HAS_NUMBA else "torch"
     if backend == "triton":
-        backend = "triton_binned" if prefer_binned(rows, columns) else "triton_tiled"
+        backend = "triton_binned" if grouped or prefer_binned(rows, columns) else "triton_tiled"
     return backend
 
 
@@ -95,7 +95,8 @@ def family(backend: str, like: Tensor) -> str:
 
 
 def _products(rows: Tensor, columns: Columns, backend: str) -> ModuleType:
-    return _module(_PRODUCTS[resolve(backend, rows.device.type, rows.numel(), columns.values.numel())])
+    sizes = rows.numel(), columns.values.numel(), columns.groups is not None
+    return _module(_PRODUCTS[resolve(backend, rows.device.type, *sizes)])
 
 
 def columns_of(logits: Tensor, marks: Tensor | None, num_classes: int | None, groups: Tensor | None) -> Columns:
@@ -163,17 +164,24 @@ def compare_rows(function: str, rows: Tensor, *vectors: Tensor, delta: float, ba
 
 def sort_rows(scores: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Scores in ascending order, NaN last, and the place that each had, int64; stable."""
-    if family(backend, scores) == "triton" and scores.numel() <= (sorting := _module("triton_sort")).MOST:
-        return sorting.sort_rows(scores)
+    if _by_counting(scores, backend):
+        rows, *_, order, _ = _module("triton_sort").rank(scores.contiguous(), None, None)
+        return rows, order
     if scores.is_cuda:  # there sort() takes a NaN with its sign set, as a cast to bfloat16 makes, for the least number
         scores = scores.nan_to_num(torch.nan, torch.inf, -torch.inf)
     return scores.sort(stable=True)
+
+
+def _by_counting(scores: Tensor, backend: str) -> bool:
+    return family(backend, scores) == "triton" and scores.numel() <= _module("triton_sort").MOST
 
 
 def ranked(
     scores: Tensor, values: Tensor, groups: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows made of scores in any order, their values, their groups (empty: there is one), and the places they had."""
+    if _by_counting(scores, backend):
+        return _module("triton_sort").rank(scores, values, groups)[:4]
     rows, order = sort_rows(scores, backend)
     if groups is None:
         return rows, values.index_select(0, order), order.new_empty(0), order
@@ -197,14 +205,19 @@ def find(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_backend(backend, targets.device)
+    if groups is not None and backend == "triton_tiled":
+        raise ValueError("backend='triton_tiled' ranks one group: with groups use 'auto', 'triton' or 'triton_binned'")
+    kind, form = family(backend, targets), (num_classes, background, ignore_index, graded)
+    if kind == "triton" and targets.numel() and logits.numel():
+        return _find_by_triton(logits, targets, values, groups, form, ious, count, source, backend)
     if ious and values is not None:
         check_ious(values)
-    read = _module(f"{'torch' if targets.numel() == 0 else family(backend, targets)}_targets").read
-    form = num_classes, background, ignore_index, graded
+    read = _module(f"{'torch' if kind == 'triton' else kind}_targets").read
     if count is None:
         count = int(read(targets, *form, 0)[2][0])
     positives, marks, status = read(targets, *form, count)
-    check_marks(targets, *form, count, source, status)
+    found, bad = status if status.is_cuda else status.tolist()
+    check_marks(targets, *form, count, source, found, (bad == 0, found == count))
     scores = logits.index_select(0, positives).double()
     if values is None:
         values = targets.reshape(-1).index_select(0, positives) if graded else torch.zeros_like(scores)
@@ -213,6 +226,45 @@ def find(
         of_rows = groups.index_select(0, positives // max(logits.numel() // max(groups.numel(), 1), 1))
     marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
     return positives, marks, *ranked(scores, values.double(), of_rows, backend)
+
+
+def _find_by_triton(
+    logits: Tensor,
+    targets: Tensor,
+    values: Tensor | None,
+    groups: Tensor | None,
+    form: tuple[int | None, int, int, bool],
+    ious: bool,
+    count: int | None,
+    source: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``find`` with the positives as a kernel has found them: in any order, with their scores."""
+    read = partial(_module("triton_targets").read, targets, *form, logits=logits, groups=groups)
+    if count is None:
+        count = int(read(count=0)[0].status[0])
+    found, marks = read(count=count)
+    row_groups, sorting = None if groups is None else found.groups, _module("triton_sort")
+    graded = values is None and form[-1]
+    given = found.grades if graded else None if values is None else values.contiguous()
+    if count <= sorting.MOST:
+        *of_rows, positives = sorting.rank(found.scores, given, row_groups, found, graded, ious)
+        in_range, *sound = found.status[2:].unbind()
+    else:
+        positives, by_place = found.places.sort(stable=True)
+        scores = found.scores.index_select(0, by_place)
+        if given is None:
+            given = torch.zeros_like(scores)
+        elif graded:
+            given = given.index_select(0, by_place)
+        if row_groups is not None:
+            row_groups = row_groups.index_select(0, by_place)
+        of_rows = ranked(scores, given.double(), row_groups, backend)
+        in_range, sound = None, (found.status[1] == 0, found.status[0] == count)
+    if ious and values is not None:
+        check_ious(values, in_range)
+    check_marks(targets, *form, count, source, found.status[0], sound)
+    return positives, targets.new_empty(0, dtype=torch.uint8) if marks is None else marks, *of_rows
 
 
 def gather_positives(
@@ -263,7 +315,7 @@ def terms(
     p, kind = rows.numel(), family(backend, rows)
     if p == 0:
         first, second, rank = (rows.new_zeros(shape, dtype=dtype) for shape in ((), (), 0))
-        return first, second, rank, rows.new_zeros(2, 0), torch.zeros_like(rows), rows.new_zeros(0)
+        return first, second, rank, rows.new_zeros(3, 0), torch.zeros_like(rows)
     if kind == "triton":
         return _module("triton_positives").terms(
             loss, rows, row_groups, values, order, false_positives, delta, eps, dtype
@@ -283,6 +335,8 @@ def spread(
     positives: Tensor,
     first: Tensor | None,
     second: Tensor | None,
+    of_values: Tensor | None,
+    dtype: torch.dtype,
     logits: Tensor,
     marks: Tensor | None,
     num_classes: int | None,
@@ -290,11 +344,19 @@ def spread(
     tables: list[Tensor],
     delta: float,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    columns = columns_of(logits, marks, num_classes, groups)
+    if first is not None and rows.numel() and logits.numel() and family(backend, rows) == "triton":
+        grad, pulls, grad_values = _products(rows, columns, backend).spread(
+            rows, row_groups, share, own, first, second, of_values, dtype, columns, delta, tables
+        )
+        return grad.index_copy_(0, positives, pulls), grad_values
+    grad_values = own.new_empty(0, dtype=dtype) if of_values is None else (own[2] * of_values).to(dtype)
+    if first is None and second is None:
+        return logits.new_empty(0), grad_values
     if first is None:  # the second loss leaves the negatives alone
         grad = torch.zeros_like(logits)
     else:
-        columns = columns_of(logits, marks, num_classes, groups)
         grad = rmatvec(rows, row_groups, share * first, columns, delta, tables, backend)
-    pulls = [pull * scale for pull, scale in zip(own.unbind(), (first, second), strict=True) if scale is not None]
-    return grad.index_copy_(0, positives, sum(pulls[1:], pulls[0]).to(grad.dtype))
+    pulls = [pull * scale for pull, scale in zip(own[:2].unbind(), (first, second), strict=True) if scale is not None]
+    return grad.index_copy_(0, positives, sum(pulls[1:], pulls[0]).to(grad.dtype)), grad_values

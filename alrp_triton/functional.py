@@ -157,7 +157,7 @@ def alrp_loss(
         groups: what is ranked apart, such as images: an integer for each entry along the first dimensions of
             ``logits``, ``logits.shape[:k]``, ``torch.arange(B)`` for logits ``(B, A, C)``. Only logits of equal group
             are compared. The means stay those over all positives, so the result is the mean of the groups' own losses
-            weighted by their numbers of positives. On a GPU the host waits to read them. None: one ranking.
+            weighted by their numbers of positives. None: one ranking.
         process_group: rank the logits of all its processes together: a ``torch.distributed.ProcessGroup``, or
             ``"world"`` for the default one. Each process passes its own logits, with as many positives as it has, if
             any, and all of them have to call. Losses are those of the joint batch, the same on every process; ``rank``
@@ -169,7 +169,8 @@ def alrp_loss(
             that their mean is right. ``"sum"``: they are the joint loss' own. Without ``process_group`` no matter.
         backend: ``"auto"``: on a GPU ``"triton"`` where triton 3.4 or newer is installed, on a CPU ``"numba"`` where
             numba is installed, else ``"torch"``. ``"triton"``: ``"triton_tiled"`` or ``"triton_binned"``, whichever the
-            model of :mod:`alrp_triton.cost` expects to be faster for P and N. ``"torch"`` runs on any device.
+            model of :mod:`alrp_triton.cost` expects to be faster for P and N; with groups the latter, for the former
+            ranks one. ``"torch"`` runs on any device.
 
     Returns:
         ALRPLossOutput: ``classification`` and ``localisation`` (0-d), ``rank`` ``(P,)``, all in the widest dtype of

@@ -27,14 +27,15 @@ tells the place in it that each row has.
   ``spread``.
 * ``terms(loss, rows, row_groups, values, order, false_positives, delta, eps, dtype, backend)``: compares the rows among
   themselves and makes of all sums what a loss is (:mod:`alrp_triton.formulas`): its two parts, 0-d, and the ranks
-  ``(P,)`` in input order, in ``dtype``; ``own``, float64 ``(2, P)`` in input order: the gradient of either part in the
-  positives' logits; ``share``, float64 ``(P,)``: what each false positive of a row is charged with by the first part;
-  and the gradient of the second part in the values, ``(P,)`` in input order, or empty where there is none. Gradients
-  are for an incoming gradient of 1: backward scales and spreads them. ``loss`` is ``alrp``, ``ap``,
-  ``interpolated_ap`` or ``rank_sort``.
-* ``spread(rows, row_groups, share, own, positives, first, second, logits, marks, num_classes, groups, tables, delta,
-  backend)``: the gradient in the logits ``(N,)``: sum of H_ij share_i at a negative j times ``first``, own gradients at
-  the positives, 0 elsewhere. ``first`` and ``second`` are the incoming gradients of both parts, 0-d, or None for 0.
+  ``(P,)`` in input order, in ``dtype``; ``own``, float64 ``(3, P)`` in input order: the gradient of either part in the
+  positives' logits, and that of the second part in the values, 0 where there is none; ``share``, float64 ``(P,)``: what
+  each false positive of a row is charged with by the first part. Gradients are for an incoming gradient of 1: backward
+  scales and spreads them. ``loss`` is ``alrp``, ``ap``, ``interpolated_ap`` or ``rank_sort``.
+* ``spread(rows, row_groups, share, own, positives, first, second, of_values, dtype, logits, marks, num_classes, groups,
+  tables, delta, backend)``: the gradient in the logits ``(N,)``: sum of H_ij share_i at a negative j times ``first``,
+  own gradients at the positives, 0 elsewhere; and that in the values ``(P,)``, in ``dtype``. ``first``, ``second`` and
+  ``of_values`` are what is to be scaled with of own gradients, 0-d: incoming gradients, or None for 0. A gradient that
+  only Nones go into is empty.
 * ``gather_positives``, ``sum_over_ranks``: see :mod:`alrp_triton.distributed`.
 
 A row that is not finite makes every result of its group NaN that counts; so do a value or weight in what contains it,
@@ -58,12 +59,10 @@ def _find(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     found = torch.library.get_ctx().new_dynamic_size() if count is None else count
     positives = targets.new_empty(found, dtype=torch.int64)
-    of_anchors = num_classes is not None and dispatch.family(backend, targets) != "triton"
-    if num_classes is None:
-        size = 0 if targets.dtype.itemsize == 1 else targets.numel()
-    else:
-        size = targets.numel() * (1 if of_anchors else num_classes)
-    marks = targets.new_empty(size, dtype=torch.int32 if of_anchors else torch.uint8)
+    narrow = num_classes is None and targets.dtype.itemsize == 1
+    marks = targets.new_empty(
+        0 if narrow else targets.numel(), dtype=torch.uint8 if num_classes is None else torch.int32
+    )
     rows = positives.new_empty(found, dtype=torch.float64)
     row_groups = positives.new_empty(0 if groups is None else found)
     return positives, marks, rows, torch.empty_like(rows), row_groups, torch.empty_like(positives)
@@ -80,18 +79,18 @@ def _count(
 def _terms(
     loss: str, rows: Tensor, row_groups: Tensor | None, values: Tensor, order: Tensor, false_positives: Tensor,
     delta: float, eps: float, dtype: torch.dtype, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     p = rows.numel()
     first, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), p))
-    of_values = rows.new_empty(p if loss == "alrp" else 0)
-    return first, torch.empty_like(first), rank, rows.new_empty(2, p), torch.empty_like(rows), of_values
+    return first, torch.empty_like(first), rank, rows.new_empty(3, p), torch.empty_like(rows)
 
 
 def _spread(
     rows: Tensor, row_groups: Tensor | None, share: Tensor, own: Tensor, positives: Tensor, first: Tensor | None,
-    second: Tensor | None, logits: Tensor, *_: Any,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(logits)
+    second: Tensor | None, of_values: Tensor | None, dtype: torch.dtype, logits: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad = logits.new_empty(0) if first is None and second is None else torch.empty_like(logits)
+    return grad, logits.new_empty(0 if of_values is None else own.shape[1], dtype=dtype)
 
 
 def _gather_positives(
@@ -135,13 +134,14 @@ count = _define(
 )
 terms = _define(
     "terms(str loss, Tensor rows, Tensor? row_groups, Tensor values, Tensor order, Tensor false_positives, "
-    "float delta, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float delta, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     dispatch.terms,
     _terms,
 )
 spread = _define(
     "spread(Tensor rows, Tensor? row_groups, Tensor share, Tensor own, Tensor positives, Tensor? first, "
-    f"Tensor? second, {_OF_LOGITS}, Tensor[] tables, float delta, str backend) -> Tensor",
+    f"Tensor? second, Tensor? of_values, ScalarType dtype, {_OF_LOGITS}, Tensor[] tables, float delta, str backend) "
+    "-> (Tensor, Tensor)",
     dispatch.spread,
     _spread,
 )

@@ -124,8 +124,7 @@ def stubbed_steps() -> dict[Name, Step]:
         logits=problem.logits.detach().unflatten(0, (IMAGES, -1)).requires_grad_(),
         targets=problem.targets.unflatten(0, (IMAGES, -1)),
     )
-    for backend in names:
-        steps[ALRP, backend, GROUPS] = losses(apart, backend, torch.arange(IMAGES))[ALRP]
+    steps[ALRP, "triton_binned", GROUPS] = losses(apart, "triton_binned", torch.arange(IMAGES))[ALRP]
     return steps
 
 

@@ -35,17 +35,17 @@ COLUMN_DTYPES = ("fp32", "fp64", "bf16", "fp16")
 
 # Triton types of all arguments; {C} is the dtype of the columns, {W} that of the arithmetic.
 _TYPES = {
-    "P": "i32", "M": "i32", "N": "i64", "span": "i64", "copies": "i32", "count": "i32", "anchors": "i64",
+    "P": "i32", "N": "i64", "span": "i64", "run": "i64", "runs": "i32", "copies": "i32", "count": "i32", "anchors": "i64",
     "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
     "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "marks_ptr": "*u8",
     "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
-    "knots_ptr": "*{W}", "lines_ptr": "*{W}", "lut_ptr": "*i32", "most_ptr": "*i32", "rise_ptr": "*i32",
-    "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
+    "knots_ptr": "*{W}", "lines_ptr": "*{W}", "below_ptr": "*{W}", "lut_ptr": "*i32", "rise_ptr": "*i32",
+    "bounds_ptr": "*i32", "run_groups_ptr": "*i64", "nan_ptr": "*i64", "logits_ptr": "*fp32", "found_ptr": "*i64",
+    "places_ptr": "*i64", "row_groups_ptr": "*i64", "row_values_ptr": "*fp64", "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
     "order_ptr": "*i64", "first_ptr": "*fp32", "second_ptr": "*fp32", "rank_ptr": "*fp32",
     "own_ptr": "*fp64", "share_ptr": "*fp64", "pulls_ptr": "*fp64", "groups_ptr": "*i64",
     "at_zero": "fp64", "eps": "fp64", "grades_ptr": "*fp64",
-    "keys_ptr": "*fp64", "sorted_ptr": "*fp64",
-    "work_ptr": "*i64", "nan_ptr": "*i64", "below_ptr": "*{W}", "of_values_ptr": "*fp64",
+    "work_ptr": "*i64", "of_values_ptr": "*fp32", "grad_values_ptr": "*fp32", "positives": "i32",
     "table_ptr": "*i64", "targets_ptr": "*i64", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
@@ -61,6 +61,11 @@ class Kernel(NamedTuple):
     units: int = 0  # so many a program
     options: tuple[tuple[str, int], ...] = ()  # of the compiler
 
+    def of(self, constants: dict[str, Any], types: dict[str, str]) -> "Kernel":
+        """The same in another form."""
+        others = {name: value for name, value in self.constants.items() if name not in types}
+        return self._replace(constants=others | constants, types=self.types | types)
+
     @property
     def pairs(self) -> int:
         """Pairs of a tile."""
@@ -72,12 +77,13 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     working = torch.float64 if columns == "fp64" else torch.float32
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
     transpose = triton_tiled.TRANSPOSE_TILE[working]
-    block, tile = {"BLOCK": triton_binned.BLOCK[working]}, triton_binned.TILE
+    block = {"BLOCK": triton_binned.BLOCK[working], "CELLS": triton_binned.CELLS}
     shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
+    bytes_, one = {"CLASSES": 0}, {"bounds_ptr": None}  # marks of one byte; one group
     per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
     for step, hard in (("", False), (" hard", True)):
-        flag = {"HARD": hard}
+        flag = {"HARD": hard} | bytes_
         found |= {
             f"tiled matvec{step}": Kernel(
                 triton_tiled.matvec_kernel, forward[working] | flag, {}, triton_tiled.WARPS, "pair"
@@ -87,26 +93,33 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
             ),
             f"tiled prepare{step}": Kernel(
                 triton_tiled.prepare_kernel,
-                flag | {"ROWS": transpose["ROWS"], "BLOCK": triton_tiled.PREPARE_BLOCK},
+                {"HARD": hard, "ROWS": transpose["ROWS"], "BLOCK": triton_tiled.PREPARE_BLOCK},
                 {},
                 triton_tiled.WARPS,
             ),
             f"binned count{step}": Kernel(
-                triton_binned.count_kernel, block | flag, {}, triton_binned.WARPS, *per_column
+                triton_binned.count_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
             ),
             f"binned evaluate{step}": Kernel(
-                triton_binned.evaluate_kernel, block | flag, {}, triton_binned.WARPS, *per_column
+                triton_binned.evaluate_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
             ),
-            f"binned rows{step}": Kernel(
-                triton_binned.rows_kernel, tile | flag, {"out_ptr": "*fp64"}, triton_binned.WARPS
-            ),
-            f"binned lines{step}": Kernel(triton_binned.lines_kernel, tile | flag, {}, triton_binned.WARPS),
         }
+    of_classes, in_groups = {"CLASSES": 80}, {"CLASSES": 0}
+    marks = {"marks_ptr": "*i32"}
+    found |= {
+        "tiled matvec of classes": found["tiled matvec"].of(of_classes, marks),
+        "tiled rmatvec of classes": found["tiled rmatvec"].of(of_classes, marks),
+    }
+    for product in ("binned count", "binned evaluate"):
+        found[f"{product} of classes"] = found[product].of(of_classes, marks)
+        found[f"{product} in groups"] = found[product].of(in_groups, {"bounds_ptr": "*i32"})
     if columns in ("bf16", "fp16"):  # what does not touch the columns is that of fp32
         reads_columns = ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")
-        return {name: kernel for name, kernel in found.items() if name.removesuffix(" hard") in reads_columns}
-    found["binned knots"] = Kernel(triton_binned.knots_kernel, {"BLOCK": 128}, {}, triton_binned.WARPS)
-    found["binned table"] = Kernel(triton_binned.lut_kernel, {"BLOCK": 256}, {}, triton_binned.WARPS)
+        return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
+    tables = {"CELLS": triton_binned.CELLS, "ROWS": triton_binned.TABLE_ROWS}
+    alone = tables | {"groups_ptr": None, "run_groups_ptr": None, "bounds_ptr": None}
+    found["binned tables"] = Kernel(triton_binned.tables_kernel, alone, {}, triton_binned.WARPS)
+    found["binned tables in groups"] = Kernel(triton_binned.tables_kernel, tables, {}, triton_binned.WARPS)
     # With groups what they add is in the code; without, it is not.
     steps = ("", False, {"groups_ptr": None}), (" hard", True, {"groups_ptr": None}), (" in groups", False, {})
     config = dict(triton_prefix.LAUNCH_AMD if target.startswith("gfx") else triton_prefix.LAUNCH)
@@ -137,7 +150,9 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
             rows.rank_sort_kernel, {"BLOCK": rows.RANK_SORT_BLOCK}, {}, rows.RANK_SORT_WARPS
         )
         found |= {
-            "sort": Kernel(triton_sort.sort_kernel, triton_sort.TILE, {}, triton_sort.WARPS),
+            "order": Kernel(
+                triton_sort.order_kernel, triton_sort.TILE | {"BY_PLACE": True, "IOUS": True}, {}, triton_sort.WARPS
+            ),
             "targets dense": Kernel(
                 triton_targets.dense_kernel, dense, {}, triton_targets.WARPS, "target", triton_targets.BLOCK
             ),
@@ -145,7 +160,10 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_targets.dense_kernel, dense | {"GRADED": True}, {"targets_ptr": "*fp32"}, triton_targets.WARPS
             ),
             "targets classes": Kernel(
-                triton_targets.classes_kernel, triton_targets.CLASS_TILE | {"SIGNED": True}, {}, triton_targets.WARPS
+                triton_targets.classes_kernel,
+                {"SIGNED": True, "BLOCK": triton_targets.BLOCK},
+                {"marks_ptr": "*i32"},
+                triton_targets.WARPS,
             ),
         }
     return found
@@ -159,11 +177,11 @@ def compile_for(kernel: Kernel, target: str, columns: str = "fp32") -> Any:
         else (_TYPES | kernel.types)[argument].format(C=columns, W=working)
         for argument in kernel.function.arg_names
     }  # fmt: skip
-    # Addresses that 16 bytes divide, but for the last entry of the look-up table.
+    # All are at addresses that 16 bytes divide.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.function.arg_names)
-        if signature[argument].startswith("*") and argument != "most_ptr"
+        if signature[argument].startswith("*")
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": kernel.warps, **dict(kernel.options)})

@@ -64,7 +64,7 @@ def test_layers_import_one_way() -> None:
     order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "columns", "threads", "segments", "knots", "graded", "positives", "torch_targets", "torch_binned", "numba_jit",
-        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_sort", "triton_prefix", "triton_sums", "triton_binned", "triton_targets",
+        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_targets", "triton_sort", "triton_prefix", "triton_sums", "triton_binned",
         "triton_among", "triton_graded", "triton_positives",
     ]  # fmt: skip
     inside = {
@@ -144,10 +144,14 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_launches")
-@pytest.mark.parametrize("kernels", ["triton_tiled", "triton_binned"])
+@pytest.mark.parametrize(
+    ("kernels", "grouped"), [("triton_tiled", False), ("triton_binned", False), ("triton_binned", True)]
+)
 @pytest.mark.parametrize("form", ["dense", "classes"])
 @pytest.mark.parametrize("loss", ["alrp", "ap", "rank_sort", "rank_sort_graded"])
-def test_no_host_sync_on_a_gpu(loss: str, form: str, kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_sync_on_a_gpu(
+    loss: str, form: str, kernels: Backend, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and backward trace on fake CUDA tensors, where anything that reads a value back raises."""
     if loss == "rank_sort_graded" and form == "classes":
         pytest.skip("class indices hold no IoU")
@@ -157,14 +161,17 @@ def test_no_host_sync_on_a_gpu(loss: str, form: str, kernels: Backend, monkeypat
         logits = torch.randn(50, 8, device="cuda")
         targets = torch.zeros((50, 8) if form == "dense" else 50, dtype=torch.int64, device="cuda")
         values = torch.rand(7, device="cuda")
+        how: dict[str, Any] = {"backend": kernels}
+        if grouped:
+            how["groups"] = torch.zeros(50, dtype=torch.int64, device="cuda")
         if loss == "alrp":
-            assert alrp_loss(logits, targets, values, backend=kernels).rank.shape == (7,)
+            assert alrp_loss(logits, targets, values, **how).rank.shape == (7,)
         elif loss == "ap":
-            assert ap_loss(logits, targets, num_positives=7, backend=kernels).shape == ()
+            assert ap_loss(logits, targets, num_positives=7, **how).shape == ()
         elif loss == "rank_sort":
-            assert rank_sort_loss(logits, targets, values, backend=kernels).sorting.shape == ()
+            assert rank_sort_loss(logits, targets, values, **how).sorting.shape == ()
         else:
-            assert rank_sort_loss(logits, targets.float(), num_positives=7, backend=kernels).sorting.shape == ()
+            assert rank_sort_loss(logits, targets.float(), num_positives=7, **how).sorting.shape == ()
         one = torch.ones((), device="cuda")
         grad_logits, grad_values, *_ = function.backward(context, one, None if loss == "ap" else one, None, None)
         assert grad_logits is not None
@@ -175,14 +182,11 @@ def test_no_host_sync_on_a_gpu(loss: str, form: str, kernels: Backend, monkeypat
 
 @pytest.mark.usefixtures("no_launches")
 def test_what_waits_for_the_gpu_is_seen() -> None:
-    """Where the number of positives is not told, the host reads it; and groups."""
+    """Where the number of positives is not told, the host reads it."""
     with FakeTensorMode(), Inside():
         logits, targets = torch.randn(50, 8, device="cuda"), torch.zeros(50, dtype=torch.int64, device="cuda")
-        groups = torch.zeros(50, dtype=torch.int64, device="cuda")
         with pytest.raises(DataDependentOutputException):
             ap_loss(logits, targets, backend="triton_tiled")
-        with pytest.raises(DataDependentOutputException):
-            ap_loss(logits, targets, num_positives=7, groups=groups, backend="triton_tiled")
 
 
 def test_deepcopy_and_pickle_of_the_module() -> None:

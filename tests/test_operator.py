@@ -236,12 +236,36 @@ def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.
     or_skip("triton")
     from alrp_triton.backends import triton_sort
 
-    numbers = torch.randn(40, device=device, dtype=torch.float64)
-    few = dispatch.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
+    logits, targets, groups = (
+        torch.randn(200, device=device),
+        torch.arange(200, device=device) % 5 == 0,
+        torch.arange(8),
+    )
+    numbers, values, grades = (
+        logits[:40].double(),
+        torch.rand(40, device=device),
+        targets * torch.rand(200, device=device),
+    )
+    apart = groups.flip(0).to(device)
+
+    def results() -> list[Tensor]:
+        def found(targets: Tensor, values: Tensor | None, groups: Tensor | None, graded: bool) -> tuple[Tensor, ...]:
+            form = None, 0, -1, graded
+            return dispatch.find(logits, targets, values, groups, *form, True, 40, "ious", "triton")
+
+        return [
+            *dispatch.sort_rows(numbers, "triton"),
+            *dispatch.ranked(numbers, values.double(), None, "triton"),
+            *dispatch.ranked(numbers, values.double(), (numbers * 2).long(), "triton"),
+            *found(targets.long(), values, None, False),
+            *found(targets.long(), None, apart, False),
+            *found(grades, None, apart, True),
+        ]
+
+    few = results()
     monkeypatch.setattr(triton_sort, "MOST", 39)
-    monkeypatch.setattr(triton_sort, "sort_kernel", None)
-    many = dispatch.sort_rows(numbers, "triton"), triton_sort.sort(torch.arange(40, device=device).flip(0))
-    assert all(torch.equal(a, b) for a, b in zip((*few[0], few[1]), (*many[0], many[1]), strict=True))
+    monkeypatch.setattr(triton_sort, "order_kernel", None)
+    assert all(torch.equal(a, b) for a, b in zip(few, results(), strict=True))
 
 
 def test_rows_in_any_order(backend: Backend, device: str) -> None:
@@ -252,6 +276,27 @@ def test_rows_in_any_order(backend: Backend, device: str) -> None:
     w = torch.rand(100, device=device)
     assert torch.equal(matrix.rmatvec(w), shuffled.rmatvec(w[shuffle]))
     assert torch.equal(rows[matrix.order], rows.sort().values)
+
+
+def test_vectors_that_lie_apart_in_memory(backend: Backend, device: str) -> None:
+    """1-D, so that they are flat as they are."""
+    rows, columns, mask = draw(20, 600, torch.float32, device)
+    logits, targets, values = columns, torch.arange(600, device=device) % 30 == 0, torch.rand(20, device=device)
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.stack([x, x.logical_not() if x.dtype == torch.bool else x + 1], 1)[:, 0]
+
+    def results(of: Any) -> list[Tensor]:
+        matrix = ComparisonMatrix(of(rows), of(columns), mask=of(mask), backend=backend)
+        found = [matrix.matvec(), matrix.matvec(of(columns)), matrix.rmatvec(of(rows))]
+        for marks in (targets, targets.long()):
+            x, e = of(logits).requires_grad_(), of(values).requires_grad_()
+            out = alrp_triton.alrp_loss(x, of(marks), e, backend=backend)
+            found += [out.rank, *torch.autograd.grad(out.total, (x, e))]
+        return found
+
+    for one, other in zip(results(apart), results(Tensor.clone), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_columns_of_any_shape_and_stride(backend: Backend, device: str) -> None:
@@ -312,21 +357,25 @@ def stages(
     false_positives, tables = ops.count(rows, row_groups, *of_logits, delta, backend)
     of_terms = loss, rows, row_groups, wide, order, false_positives, delta, 1e-5, torch.float32, backend
     yield ops.terms, of_terms
-    first, second, _, own, share, _ = ops.terms(*of_terms)
-    for incoming in ((first, second), (None, second)):
-        yield ops.spread, (rows, row_groups, share, own, positives, *incoming, *of_logits, tables, delta, backend)
+    first, second, _, own, share = ops.terms(*of_terms)
+    for incoming in ((first, second, None), (None, second, None), (first, None, second), (None, None, second)):
+        in_dtype = *incoming, torch.float64 if loss == "alrp" else torch.float32
+        yield ops.spread, (rows, row_groups, share, own, positives, *in_dtype, *of_logits, tables, delta, backend)
 
 
 @pytest.mark.parametrize("delta", [1.0, 0.0])
 @pytest.mark.parametrize("form", ["classes", "bytes", "dense"])
 @pytest.mark.parametrize("loss", ["alrp", "ap", "interpolated_ap", "rank_sort"])
 def test_operators_pass_opcheck(loss: str, form: str, delta: float, backend: Backend, device: str) -> None:
-    for operator, arguments in stages(backend, device, loss, form, form == "dense", delta):
+    grouped = form == "dense" and backend != "triton_tiled"
+    for operator, arguments in stages(backend, device, loss, form, grouped, delta):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_operators_pass_opcheck_with_unknown_sizes(grouped: bool, backend: Backend, device: str) -> None:
+    if grouped and backend == "triton_tiled":
+        pytest.skip("it ranks one group")
     tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
     for operator, arguments in stages(backend, device, "rank_sort", "classes", grouped, 1.0):
         if operator is not torch.ops.alrp_triton.count:  # it compares bits, and what is not used of the tables is any

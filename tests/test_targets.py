@@ -1,6 +1,7 @@
 """Targets read by Triton's kernels, by numba and by torch operations, against a loop over values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ def classify(request: pytest.FixtureRequest, device: str) -> Classify:
 
     def classify(targets: Tensor, classes: int | None, *how: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask of the negatives, positives, status."""
-        positives, marks, status = read(targets, classes, *how)
+        if backend == "triton":
+            positives, marks, status = by_triton(read, targets, classes, *how)
+        else:
+            positives, marks, status = read(targets, classes, *how)
         if marks is None:
             assert classes is None
             assert targets.dtype.itemsize == 1
@@ -32,6 +36,21 @@ def classify(request: pytest.FixtureRequest, device: str) -> Classify:
         return (marks == 0).view(-1), positives, status
 
     return classify
+
+
+def by_triton(
+    read: Callable[..., Any], targets: Tensor, classes: int | None, *how: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Positives in order, marks, status; and of each positive, in whatever order they are, what is told beside."""
+    logits = torch.randn(targets.numel() * (classes or 1), device=targets.device)
+    groups = torch.arange(targets.numel(), device=targets.device) % 7
+    found, marks = read(targets, classes, *how, logits=logits, groups=groups)
+    if found.status[0] == how[-1]:
+        assert torch.equal(found.scores, logits.double()[found.places])
+        assert torch.equal(found.groups, groups[found.places // (classes or 1)])
+        if how[2]:
+            assert torch.equal(found.grades, targets.double()[found.places])
+    return found.places.sort().values, marks, found.status[:2]
 
 
 def by_hand(targets: Tensor, classes: int | None, background: int, ignore: int) -> tuple[list[bool], list[int], int]:

@@ -176,11 +176,12 @@ class Launch(NamedTuple):
 
     def lines(self, share: Tensor, first: Tensor | None) -> tuple[Floats, Floats]:
         from alrp_triton.backends import triton_prefix, triton_sums
+        from alrp_triton.backends.triton_tiled import Own
 
         lines, below = self.knots.new_empty(len(self.knots), 2), self.knots.new_empty(len(self.rows))
         triton_sums.lines_kernel[(1,)](
-            *self[:5], share, first, lines, below, triton_sums.work_of_lines(self.rows), len(self.rows), self.delta,
-            HARD=self.delta == 0, **triton_prefix.launch(),
+            *self[:5], share, lines, below, triton_sums.work_of_lines(self.rows), *Own(first=first),
+            len(self.rows), 0, self.delta, HARD=self.delta == 0, **triton_prefix.launch(),
         )  # fmt: skip
         return lines.double().cpu().numpy(), below.double().cpu().numpy()
 

@@ -142,7 +142,7 @@ def below_rows(rows: Floats, weights: Floats, bounds: Indices, delta: float) -> 
 
 
 @jit
-def _alrp_terms(rows, values, order, false_positives, bounds, delta, at_zero, eps, losses, rank, own, share, of_values):
+def _alrp_terms(rows, values, order, false_positives, bounds, delta, at_zero, eps, losses, rank, own, share):
     n = len(rows)
     among, inverse, below = np.empty((3, n)), np.empty(n), np.empty(n)
     _by_segment(rows, values, bounds, delta, among)
@@ -157,7 +157,7 @@ def _alrp_terms(rows, values, order, false_positives, bounds, delta, at_zero, ep
         share[i], inverse[i] = of_one / n, 1 / place / n
     _below_by_segment(rows, inverse, bounds, delta, below)
     for i in range(n):
-        of_values[order[i]] = below[i]
+        own[2, order[i]] = below[i]
 
 
 @jit
@@ -168,7 +168,7 @@ def _ap_terms(
     among = np.empty((3, n))
     _by_segment(rows, values, bounds, delta, among)
     losses[:] = 0
-    own[1] = 0
+    own[1:] = 0
     for s in range(len(bounds) - 1):
         least = np.inf
         for i in range(bounds[s], bounds[s + 1]):
@@ -283,18 +283,18 @@ def terms(
     bounds: Indices,
     delta: float,
     eps: float,
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Losses, ranks, own gradients, shares, gradients of the values; as :func:`.positives.terms`."""
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Losses, ranks, own gradients, shares; as :func:`.positives.terms`."""
     n, at_zero = len(rows), formulas.at_zero(delta)
-    results = np.empty(2), np.empty(n), np.empty((2, n)), np.empty(n)
-    of_values = np.empty(n if loss == "alrp" else 0)
+    results = np.empty(2), np.empty(n), np.empty((3, n)), np.empty(n)
     given = rows, values, order, false_positives, bounds, delta, at_zero
     if loss == "alrp":
-        _alrp_terms(*given, eps, *results, of_values)
+        _alrp_terms(*given, eps, *results)
     elif loss == "rank_sort":
         among, weights, pulls = among_grades(rows, values, bounds, delta), np.empty(n), np.empty(n)
         _rank_sort_terms(order, false_positives, among, at_zero, eps, *results, weights, pulls)
         results[2][1, order] = (below_grades(rows, values, weights, bounds, delta) - pulls) / n
+        results[2][2] = 0
     else:
         _ap_terms(*given, loss == "interpolated_ap", *results)
-    return *results, of_values
+    return results

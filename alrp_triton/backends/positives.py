@@ -67,11 +67,10 @@ def terms(
     bounds: Indices,
     delta: float,
     eps: float,
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Losses, ranks, own gradients, shares, gradients of the values; contract in :mod:`alrp_triton.operators`."""
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Losses, ranks, own gradients, shares; contract in :mod:`alrp_triton.operators`."""
     fp, p, at_zero = false_positives, len(rows), formulas.at_zero(delta)
-    none = np.zeros(p)
-    own_second, of_values, second = none, None, none
+    own_second = of_values = second = np.zeros(p)
     if loss == "rank_sort":
         among = among_grades(rows, values, bounds, delta)
         first, second, pull, share, sort_pull, sort_share = formulas.rank_sort(
@@ -97,5 +96,5 @@ def terms(
         out[:, order] = vectors
         return out
 
-    losses, own = np.array([first.sum(), second.sum()]) / p, as_given(-pull / p, own_second / p)
-    return losses, as_given(rank)[0], own, share / p, none[:0] if of_values is None else as_given(of_values / p)[0]
+    losses = np.array([first.sum(), second.sum()]) / p
+    return losses, as_given(rank)[0], as_given(-pull / p, own_second / p, of_values / p), share / p

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from .columns import Columns
 from .knots import working_dtype
-from .segments import spread_by_segment, sum_by_segment
-from .triton_tiled import blocks, counted
+from .triton_prefix import is_jump, launch
+from .triton_sums import lines_kernel, sums_kernel, work_of_lines, work_of_sums
+from .triton_tiled import Own, blocks, counted, own_of
 
-# Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; and for the kernels over
-# bins and rows, the tile of their dense product.
+# Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; rows a program of tables.
 BLOCK = {torch.float32: 1024, torch.float64: 512}
 WARPS = 4
-TILE = {"OUT": 8, "IN": 128}
-_CELLS_A_KNOT = 2
+TABLE_ROWS = 32
+CELLS = 8  # for each row
 # Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
 _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
 
@@ -53,12 +53,6 @@ def _above(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _is_jump(row, delta, dtype: tl.constexpr):
-    """Whether delta is below the resolution around a row's score, so that its step is two jumps (knots.make_knots)."""
-    return delta <= tl.abs(row) * (2.0**-53 if dtype == tl.float64 else 2.0**-24)
-
-
-@triton.jit
 def _knot(row, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
     """Knot of a float64 row, rounded up to the dtype."""
     if UPPER:
@@ -72,70 +66,175 @@ def _knot(row, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
         jump = _above(row, dtype)
     else:
         jump = row.to(dtype)
-    return tl.where(_is_jump(row, delta, dtype), jump, knot)
+    return tl.where(is_jump(row, delta, dtype), jump, knot)
 
 
 @triton.jit
-def _rank(knot, rows_ptr, P, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
-    """How many upper knots are less than each lower one, or (UPPER) how many lower ones are at most each upper one."""
-    low = tl.zeros(knot.shape, tl.int32)
-    high = low + P
-    while tl.max(high - low, axis=0) > 0:
-        middle = (low + high) // 2
-        open = low < high
-        row = tl.load(rows_ptr + middle, mask=open, other=0.0).to(dtype).to(tl.float64)
-        other = _knot(row, delta, not UPPER, dtype)
-        if UPPER:
-            before = open & (other <= knot)
-        else:
-            before = open & (other < knot)
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(open & ~before, middle, high)
-    return low
-
-
-@triton.jit(do_not_specialize=["P"])
-def knots_kernel(rows_ptr, knots_ptr, rise_ptr, done_ptr, most_ptr, P, delta: tl.float64, BLOCK: tl.constexpr):
-    """Program b: knots of block b of the rows, at their places in the order of all; rise and done as in knots.Knots.
-
-    Makes most_ptr 0, for lut_kernel to raise.
-    """
-    dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < P
-    row = tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)
-    lower = _knot(row, delta, False, dtype)
-    upper = _knot(row, delta, True, dtype)
-    rise = index + _rank(lower, rows_ptr, P, delta, False, dtype)
-    done = index + _rank(upper, rows_ptr, P, delta, True, dtype)
-    tl.store(knots_ptr + rise, lower, mask=inside)
-    tl.store(knots_ptr + done, upper, mask=inside)
-    tl.store(rise_ptr + index, rise + 1, mask=inside)
-    tl.store(done_ptr + index, done + 1, mask=inside)
-    if tl.program_id(0) == 0:
-        tl.store(most_ptr, 0)
-
-
-@triton.jit
-def _cell(x, knots_ptr, P, M):
-    """Cell of the look-up table, 0 … M - 1, a monotone function of x; NaN in cell 0."""
-    low = tl.load(knots_ptr)
+def _cell(x, low, high, M):
+    """Cell of the look-up table, 0 … M - 1, a monotone function of x between two knots; NaN in cell 0."""
     infinity = float("inf")
-    high = tl.load(knots_ptr + 2 * P - 1)
     width = tl.minimum(high * 0.5 - low * 0.5, 1.5e38)
     scale = tl.minimum(M * 0.5 / tl.maximum(width, 1e-37), 1e37).to(x.dtype)
     y = (tl.where(x < infinity, x, high) - low) * scale
     y = tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), 0.0), M - 1.0)
-    return y.to(tl.int32)
+    return tl.minimum(y.to(tl.int32), M - 1)  # M - 1.0 may have been rounded up
 
 
 @triton.jit
-def _find(x, inside, knots_ptr, lut_ptr, P, M):
-    """Bin of each column: how many knots are not above it. Of columns not inside, anything."""
-    cell = _cell(x, knots_ptr, P, M)
+def first_row(groups_ptr, group, P, AFTER: tl.constexpr):
+    """The first row of a group, or of those after it; P if there is none."""
+    low = tl.zeros(group.shape, tl.int32)
+    high = low + P
+    width = P
+    while width > 0:
+        middle = (low + high) // 2
+        open = low < high
+        other = tl.load(groups_ptr + middle, mask=open, other=0)
+        before = open & ((other <= group) if AFTER else (other < group))
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(open & ~before, middle, high)
+        width = width // 2
+    return low
+
+
+@triton.jit
+def _segment(groups_ptr, index, P):
+    """The rows [begin, stop) of the group of each row."""
+    if groups_ptr is None:
+        begin = tl.zeros(index.shape, tl.int32)
+        stop = begin + P
+    else:
+        group = tl.load(groups_ptr + index)
+        begin = first_row(groups_ptr, group, P, False)
+        stop = first_row(groups_ptr, group, P, True)
+    return begin, stop
+
+
+@triton.jit
+def _load_row(rows_ptr, index, inside, dtype: tl.constexpr):
+    """Rows in float64, of values that the dtype of the columns has."""
+    return tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)
+
+
+@triton.jit
+def _halve(low, high, knot, rows_ptr, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
+    """A step in search of the first row whose lower knot is above a knot, or (UPPER) whose upper is not below it."""
+    middle = (low + high) // 2
+    open = low < high
+    other = _knot(_load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
+    before = open & ((other < knot) if UPPER else (other <= knot))
+    return tl.where(before, middle + 1, low), tl.where(open & ~before, middle, high)
+
+
+@triton.jit
+def _halve_cells(low, high, cell, first, last, M, rows_ptr, delta, UPPER: tl.constexpr, dtype: tl.constexpr):
+    """A step in search of the first row whose lower, or (UPPER) upper, knot is not in a cell before one."""
+    middle = (low + high) // 2
+    open = low < high
+    knot = _knot(_load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
+    before = open & (_cell(knot, first, last, M) < cell)
+    return tl.where(before, middle + 1, low), tl.where(open & ~before, middle, high)
+
+
+@triton.jit(do_not_specialize=["P", "runs"])
+def tables_kernel(
+    rows_ptr, groups_ptr, run_groups_ptr, knots_ptr, rise_ptr, done_ptr, lut_ptr, bounds_ptr, P, runs,
+    delta: tl.float64, CELLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program b: all tables (:func:`empty_tables`) of block b of the rows, and of the runs of columns."""
+    dtype: tl.constexpr = knots_ptr.dtype.element_ty
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = index < P
+    begin, stop = _segment(groups_ptr, tl.minimum(index, P - 1), P)
+    row = _load_row(rows_ptr, index, inside, dtype)
+    lower = _knot(row, delta, False, dtype)
+    upper = _knot(row, delta, True, dtype)
+    # Among the knots of its group each comes after those of the rows before; of equal ones the lower are first.
+    reached, reached_stop, passed, passed_stop = begin, stop, begin, stop
+    width = P
+    while width > 0:
+        reached, reached_stop = _halve(reached, reached_stop, upper, rows_ptr, delta, False, dtype)
+        passed, passed_stop = _halve(passed, passed_stop, lower, rows_ptr, delta, True, dtype)
+        width = width // 2
+    rise = index + passed
+    done = index + reached
+    tl.store(knots_ptr + rise, lower, mask=inside)
+    tl.store(knots_ptr + done, upper, mask=inside)
+    tl.store(rise_ptr + index, rise, mask=inside)
+    tl.store(done_ptr + index, done, mask=inside)
+
+    entry = tl.program_id(0) * (ROWS * CELLS) + tl.arange(0, ROWS * CELLS)
+    begin, stop = _segment(groups_ptr, tl.minimum(entry // CELLS, P - 1), P)
+    first = _knot(_load_row(rows_ptr, begin, entry >= 0, dtype), delta, False, dtype)
+    last = _knot(_load_row(rows_ptr, stop - 1, entry >= 0, dtype), delta, True, dtype)
+    cells = CELLS * (stop - begin) - 1
+    cell = entry - CELLS * begin
+    # Of this cell and the next one, of lower knots and of upper ones.
+    low, low_stop, high, high_stop = begin, stop, begin, stop
+    next_low, next_low_stop, next_high, next_high_stop = begin, stop, begin, stop
+    width = P
+    while width > 0:
+        low, low_stop = _halve_cells(low, low_stop, cell, first, last, cells, rows_ptr, delta, False, dtype)
+        high, high_stop = _halve_cells(high, high_stop, cell, first, last, cells, rows_ptr, delta, True, dtype)
+        next_low, next_low_stop = _halve_cells(
+            next_low, next_low_stop, cell + 1, first, last, cells, rows_ptr, delta, False, dtype
+        )
+        next_high, next_high_stop = _halve_cells(
+            next_high, next_high_stop, cell + 1, first, last, cells, rows_ptr, delta, True, dtype
+        )
+        width = width // 2
+    held = tl.where((cell < cells) & (entry < CELLS * P), next_low + next_high - low - high, 0)
+    tl.store(lut_ptr + entry, low + high, mask=entry < CELLS * P)
+    tl.atomic_max(lut_ptr + CELLS * P, tl.max(held, axis=0), sem="relaxed")
+
+    if bounds_ptr is not None:
+        inside = entry < runs
+        group = tl.load(run_groups_ptr + entry, mask=inside, other=0)
+        tl.store(bounds_ptr + 2 * entry, first_row(groups_ptr, group, P, False), mask=inside)
+        tl.store(bounds_ptr + 2 * entry + 1, first_row(groups_ptr, group, P, True), mask=inside)
+
+
+@triton.jit
+def _block(bounds_ptr, P, N, run, BLOCK: tl.constexpr):
+    """Of this program's block of columns: where it starts, where its run ends, and the rows [begin, stop) of its group."""
+    program = tl.program_id(0).to(tl.int64)
+    if bounds_ptr is None:
+        start = program * BLOCK
+        end = N
+        begin = P * 0
+        stop = P
+    else:
+        of_run = (run + BLOCK - 1) // BLOCK
+        number = program // of_run
+        start = number * run + program % of_run * BLOCK
+        end = number * run + run
+        begin = tl.load(bounds_ptr + 2 * number)
+        stop = tl.load(bounds_ptr + 2 * number + 1)
+    return start, end, begin, stop
+
+
+@triton.jit
+def _read(columns_ptr, marks_ptr, start, end, CLASSES: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """A block of columns, and how often they count. Where it is whole there is no mask: a thread reads 16 bytes at once."""
+    column = tl.arange(0, BLOCK)
+    if start + BLOCK <= end:
+        x = tl.load(columns_ptr + start + column).to(dtype)
+        weight = counted(marks_ptr, start, column, None, CLASSES, dtype)
+    else:
+        inside = column < end - start
+        x = tl.load(columns_ptr + start + column, mask=inside, other=0.0).to(dtype)
+        weight = counted(marks_ptr, start, column, inside, CLASSES, dtype)
+    return x, weight
+
+
+@triton.jit
+def _find(x, inside, knots_ptr, lut_ptr, P, begin, stop, CELLS: tl.constexpr):
+    """Bin of each column that is inside: the last knot of its group that is not above it."""
+    cell = _cell(x, tl.load(knots_ptr + 2 * begin), tl.load(knots_ptr + 2 * stop - 1), CELLS * (stop - begin) - 1)
+    cell += CELLS * begin
     low = tl.load(lut_ptr + cell, mask=inside, other=0)
     high = tl.load(lut_ptr + cell + 1, mask=inside, other=0)
-    most = tl.load(lut_ptr + M + 1)
+    most = tl.load(lut_ptr + CELLS * P)
     while most > 0:  # knots between low and high, at most
         middle = (low + high) // 2
         open = low < high
@@ -143,32 +242,7 @@ def _find(x, inside, knots_ptr, lut_ptr, P, M):
         low = tl.where(reached, middle + 1, low)
         high = tl.where(open & ~reached, middle, high)
         most = most // 2
-    return low
-
-
-@triton.jit
-def _first_of_cell(cell, knots_ptr, P, M):
-    """How many knots lie in the cells before each."""
-    low = tl.zeros(cell.shape, tl.int32)
-    high = low + 2 * P
-    while tl.max(high - low, axis=0) > 0:
-        middle = (low + high) // 2
-        open = low < high
-        knot = tl.load(knots_ptr + middle, mask=open, other=0.0)
-        before = open & (_cell(knot, knots_ptr, P, M) < cell)
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(open & ~before, middle, high)
-    return low
-
-
-@triton.jit(do_not_specialize=["P", "M"])
-def lut_kernel(knots_ptr, lut_ptr, P, M, BLOCK: tl.constexpr):
-    """Program b: for block b of the cells, 0 … M: how many knots lie in cells before; lut[M + 1]: most in a cell."""
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low = _first_of_cell(cell, knots_ptr, P, M)
-    tl.store(lut_ptr + cell, low, mask=cell <= M)
-    held = tl.where(cell < M, _first_of_cell(cell + 1, knots_ptr, P, M) - low, 0)
-    tl.atomic_max(lut_ptr + M + 1, tl.max(held, axis=0), sem="relaxed")
+    return low - 1
 
 
 @triton.jit
@@ -177,259 +251,191 @@ def _position(x, bin, inside, knots_ptr, rate, HARD: tl.constexpr):
     if HARD:
         position = tl.zeros(x.shape, x.dtype)
     else:
-        low = tl.load(knots_ptr + bin - 1, mask=inside & (bin > 0), other=0.0)
-        position = tl.minimum((x - low) * rate, 2.0)
+        position = tl.minimum((x - tl.load(knots_ptr + bin, mask=inside, other=0.0)) * rate, 2.0)
     return position
 
 
-@triton.jit
-def _read(array_ptr, block, N, other, BLOCK: tl.constexpr):
-    """Block of a long array. Where it is whole there is no mask, and a thread reads 16 bytes at once."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    if (block + 1) * BLOCK <= N:
-        values = tl.load(array_ptr + index)
-    else:
-        values = tl.load(array_ptr + index, mask=index < N, other=other)
-    return values
-
-
-@triton.jit(do_not_specialize=["P", "M", "N", "copies"])
+@triton.jit(do_not_specialize=["P", "N", "run", "copies"])
 def count_kernel(
-    columns_ptr, marks_ptr, knots_ptr, lut_ptr, table_ptr, P, M, N: tl.int64, copies, delta: tl.float64,
-    scale: tl.float64, BLOCK: tl.constexpr, HARD: tl.constexpr,
+    columns_ptr, marks_ptr, knots_ptr, lut_ptr, bounds_ptr, table_ptr, nan_ptr, P, N: tl.int64, run: tl.int64, copies,
+    delta: tl.float64, scale: tl.float64, CLASSES: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: block b of the columns -> table[b % copies, 0 and 1, bins]: sums of weights, of weights x positions.
 
-    Both times ``scale``, as integers. Bin 0, which counts for no row, holds the number of NaN.
+    Both times ``scale``, as integers. At ``nan``, where the rows of a group begin, is added how many columns are NaN.
     """
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    block = tl.program_id(0).to(tl.int64)
-    x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
-    live = ~(x < tl.load(knots_ptr))  # which -inf is, if rows are finite, and else nothing counts
-    one = tl.full([BLOCK], 1.0, dtype)
-    if marks_ptr is not None:
-        one = counted(_read(marks_ptr, block, N, 1, BLOCK), dtype)
-        live = live & (one != 0)
-    if tl.max(live.to(tl.int32), axis=0) > 0:
-        counts_ptr = table_ptr + block % copies * (4 * P + 2)
-        moments_ptr = counts_ptr + 2 * P + 1
-        nan = tl.sum((live & (x != x)).to(tl.int64), axis=0)
-        if nan > 0:
-            tl.atomic_add(counts_ptr, nan, sem="relaxed")
-        live = live & (x == x)
-        bin = _find(x, live, knots_ptr, lut_ptr, P, M)
-        rate = 0.0
-        if not HARD:
-            rate = tl.full([], 0.5 / delta, dtype)
-        position = _position(x, bin, live, knots_ptr, rate, HARD)
-        unit = tl.full([], scale, dtype)
-        count = tl.where(live, one * unit, 0.0).to(tl.int64)
-        moment = tl.where(live, one * position * unit, 0.0).to(tl.int64)
-        first = tl.min(tl.where(live, bin, 2 * P + 1), axis=0)
-        if first == tl.max(tl.where(live, bin, 0), axis=0):
-            tl.atomic_add(counts_ptr + first, tl.sum(count, axis=0), sem="relaxed")
-            tl.atomic_add(moments_ptr + first, tl.sum(moment, axis=0), sem="relaxed")
-        else:
-            tl.atomic_add(counts_ptr + bin, count, mask=live, sem="relaxed")
-            tl.atomic_add(moments_ptr + bin, moment, mask=live, sem="relaxed")
+    start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
+    if begin < stop:
+        x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
+        live = (weight != 0) & ~(x < tl.load(knots_ptr + 2 * begin))
+        if tl.max(live.to(tl.int32), axis=0) > 0:
+            counts_ptr = table_ptr + tl.program_id(0) % copies * (4 * P)
+            moments_ptr = counts_ptr + 2 * P
+            nan = tl.sum((live & (x != x)).to(tl.int64), axis=0)
+            if nan > 0:
+                tl.atomic_add(nan_ptr + begin, nan, sem="relaxed")
+            live = live & (x == x)
+            bin = _find(x, live, knots_ptr, lut_ptr, P, begin, stop, CELLS)
+            rate = 0.0
+            if not HARD:
+                rate = tl.full([], 0.5 / delta, dtype)
+            position = _position(x, bin, live, knots_ptr, rate, HARD)
+            unit = tl.full([], scale, dtype)
+            count = tl.where(live, weight * unit, 0.0).to(tl.int64)
+            moment = tl.where(live, weight * position * unit, 0.0).to(tl.int64)
+            first = tl.min(tl.where(live, bin, 2 * P), axis=0)
+            if first == tl.max(tl.where(live, bin, 0), axis=0):
+                tl.atomic_add(counts_ptr + first, tl.sum(count, axis=0), sem="relaxed")
+                tl.atomic_add(moments_ptr + first, tl.sum(moment, axis=0), sem="relaxed")
+            else:
+                tl.atomic_add(counts_ptr + bin, count, mask=live, sem="relaxed")
+                tl.atomic_add(moments_ptr + bin, moment, mask=live, sem="relaxed")
 
 
-@triton.jit
-def _at_low(t, row, knots_ptr, P, delta, dtype: tl.constexpr, HARD: tl.constexpr):
-    """The step h of rows at the lower knot of bins, float64, and dh/dposition there: 1, or 0 for a row that jumps."""
-    knot = tl.load(knots_ptr + t - 1, mask=(t > 0) & (t <= 2 * P), other=0.0).to(tl.float64)
-    knot = tl.minimum(knot, 1.7e308 if dtype == tl.float64 else 3.4e38)  # an infinite knot counts for no row's slope
-    if HARD:
-        h = (knot - row) * 0.0 + 1.0
-        slope = h * 0.0
-    else:
-        jump = _is_jump(row, delta, dtype)
-        # Exactly 0 at the row's own lower knot. (knot - row) / (2 delta) + 1/2 leaves a rounding error there on a GPU,
-        # which fuses the two; and what a jump would make of it may overflow.
-        h = tl.where(jump, 0.5, (knot - (row - delta)) * (0.5 / delta))
-        slope = tl.where(jump, 0.0, 1.0).to(tl.float64)
-    return h, slope
-
-
-@triton.jit(do_not_specialize=["P"])
-def rows_kernel(
-    rows_ptr, knots_ptr, rise_ptr, done_ptr, table_ptr, out_ptr, P, delta: tl.float64, unit: tl.float64,
-    OUT: tl.constexpr, IN: tl.constexpr, HARD: tl.constexpr,
-):  # fmt: skip
-    """Program b: the sum of h over all columns for block b of the rows, from table[0 and 1, bins] times ``unit``."""
-    dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    index = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    inside = index < P
-    row = tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)[:, None]
-    rise = tl.load(rise_ptr + index, mask=inside, other=0)[:, None]
-    done = tl.load(done_ptr + index, mask=inside, other=0)[:, None]
-    acc = tl.zeros([OUT, IN], tl.float64)
-    for begin in range(0, 2 * P + 1, IN):
-        t = (begin + tl.arange(0, IN))[None, :]
-        count = tl.load(table_ptr + t, mask=t <= 2 * P, other=0).to(tl.float64)
-        moment = tl.load(table_ptr + 2 * P + 1 + t, mask=t <= 2 * P, other=0).to(tl.float64)
-        h, slope = _at_low(t, row, knots_ptr, P, delta, dtype, HARD)
-        acc += tl.where(t >= done, count, tl.where(t >= rise, count * h + moment * slope, 0.0))
-    y = tl.sum(acc, axis=1) * unit + (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0
-    tl.store(out_ptr + index, tl.where(tl.load(table_ptr) != 0, float("nan"), y), mask=inside)
-
-
-@triton.jit(do_not_specialize=["P"])
-def lines_kernel(
-    rows_ptr, weights_ptr, knots_ptr, rise_ptr, done_ptr, lines_ptr, P, delta: tl.float64,
-    OUT: tl.constexpr, IN: tl.constexpr, HARD: tl.constexpr,
-):  # fmt: skip
-    """Program b: sum of w h over all rows at block b of the bins -> lines[bins, 0 and 1]: value at the knot, slope."""
-    dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    bin = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    t = bin[:, None]
-    value = tl.zeros([OUT, IN], tl.float64) + (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0
-    change = tl.zeros([OUT, IN], tl.float64)
-    for begin in range(0, P, IN):
-        index = begin + tl.arange(0, IN)
-        inside = index < P
-        row = tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)[None, :]
-        weight = tl.load(weights_ptr + index, mask=inside, other=0.0)[None, :]
-        rise = tl.load(rise_ptr + index, mask=inside, other=0)[None, :]
-        done = tl.load(done_ptr + index, mask=inside, other=0)[None, :]
-        h, slope = _at_low(t, row, knots_ptr, P, delta, dtype, HARD)
-        active = (t >= rise) & (t < done)
-        value += tl.where(t >= done, weight, tl.where(active, weight * h, weight * 0.0))  # a NaN weight shows anywhere
-        change += tl.where(active, weight * slope, 0.0)
-    tl.store(lines_ptr + 2 * bin, tl.sum(value, axis=1).to(dtype), mask=bin <= 2 * P)
-    tl.store(lines_ptr + 2 * bin + 1, tl.sum(change, axis=1).to(dtype), mask=bin <= 2 * P)
-
-
-@triton.jit(do_not_specialize=["P", "M", "N"])
+@triton.jit(do_not_specialize=["P", "N", "run"])
 def evaluate_kernel(
-    columns_ptr, marks_ptr, knots_ptr, lut_ptr, lines_ptr, out_ptr, P, M, N: tl.int64, delta: tl.float64,
-    BLOCK: tl.constexpr, HARD: tl.constexpr,
+    columns_ptr, marks_ptr, knots_ptr, lut_ptr, bounds_ptr, lines_ptr, below_ptr, out_ptr, P, N: tl.int64,
+    run: tl.int64, delta: tl.float64, CLASSES: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: out = value + slope * position for block b of the columns, 0 where a column does not count."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    block = tl.program_id(0).to(tl.int64)
-    x = _read(columns_ptr, block, N, float("-inf"), BLOCK).to(dtype)
-    g = tl.zeros([BLOCK], dtype) + tl.load(lines_ptr)  # below all knots: 0, or NaN if a weight is
-    reached = x >= tl.load(knots_ptr)
-    live = reached
-    if marks_ptr is not None:
-        live = counted(_read(marks_ptr, block, N, 1, BLOCK), dtype) != 0
-        reached = reached & live
-    if tl.max(reached.to(tl.int32), axis=0) > 0:
-        bin = _find(x, reached, knots_ptr, lut_ptr, P, M)
-        rate = 0.0
-        if not HARD:
-            rate = tl.full([], 0.5 / delta, dtype)
-        position = _position(x, bin, reached, knots_ptr, rate, HARD)
-        value = tl.load(lines_ptr + 2 * bin, mask=reached, other=0.0)
-        slope = tl.load(lines_ptr + 2 * bin + 1, mask=reached, other=0.0)
-        g = tl.where(reached, tl.fma(slope, position, value), g)
-    g = tl.where(x == x, g, float("nan"))
-    if marks_ptr is not None:
-        g = tl.where(live, g, 0.0)
+    start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
+    g = tl.zeros([BLOCK], dtype)
+    if begin < stop:
+        x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
+        g += tl.load(below_ptr + begin)  # below all knots: 0, or NaN if a weight is
+        live = weight != 0
+        reached = live & (x >= tl.load(knots_ptr + 2 * begin))
+        if tl.max(reached.to(tl.int32), axis=0) > 0:
+            bin = _find(x, reached, knots_ptr, lut_ptr, P, begin, stop, CELLS)
+            rate = 0.0
+            if not HARD:
+                rate = tl.full([], 0.5 / delta, dtype)
+            position = _position(x, bin, reached, knots_ptr, rate, HARD)
+            value = tl.load(lines_ptr + 2 * bin, mask=reached, other=0.0)
+            slope = tl.load(lines_ptr + 2 * bin + 1, mask=reached, other=0.0)
+            g = tl.where(reached, tl.fma(slope, position, value), g)
+        g = tl.where(live, tl.where(x == x, g, float("nan")), 0.0)
     g = g.to(out_ptr.dtype.element_ty)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    if (block + 1) * BLOCK <= N:  # as in _read
-        tl.store(out_ptr + column, g)
+    column = tl.arange(0, BLOCK)
+    if start + BLOCK <= end:  # as in _read
+        tl.store(out_ptr + start + column, g)
     else:
-        tl.store(out_ptr + column, g, mask=column < N)
-
-
-def _cells(rows: int) -> int:
-    """Cells of the look-up table."""
-    return 1 << (2 * rows * _CELLS_A_KNOT - 1).bit_length()
+        tl.store(out_ptr + start + column, g, mask=column < end - start)
 
 
 def empty_tables(rows: Tensor, grouped: bool, columns: Columns) -> list[Tensor]:
-    """Knots ``(2P,)``, the bins from which and behind which each row has a slope ``(P,)``, and the look-up table.
+    """What both products read of the rows, all by group; uninitialised.
 
-    Uninitialised. A power of two is no expression that a compiler can trace, so the last may be longer than it is.
+    * knots ``(2P,)``, of a group with the rows [begin, stop) at [2 begin, 2 stop);
+    * the bins, numbered as the knots at which they begin, from which and behind which each row has a slope ``(P,)``;
+    * the look-up table ``(8P + 1,)``, the first of its ``CELLS`` entries for a row of the group at 8 begin: how many
+      knots lie before a cell; and at the end how many there are in a cell, at most;
+    * with groups the rows [begin, stop) of the group of each run of columns ``(2 runs,)``.
     """
     p = rows.numel()
-    lengths = (p, p, 4 * _CELLS_A_KNOT * p + 2)
+    runs = columns.groups.numel() if grouped and columns.groups is not None else 0
     knots = rows.new_empty(2 * p, dtype=working_dtype(columns.values))
-    return [knots, *(rows.new_empty(length, dtype=torch.int32) for length in lengths)]
+    return [knots, *(rows.new_empty(length, dtype=torch.int32) for length in (p, p, CELLS * p + 1, 2 * runs))]
 
 
 def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float) -> None:
-    """Make the tables of both products in what :func:`empty_tables` allocated; with groups each product makes them."""
-    if row_groups is None:
-        _fill_tables(tables, rows, delta)
-
-
-def _fill_tables(tables: list[Tensor], rows: Tensor, delta: float) -> None:
-    knots, rise, done, lut = tables
-    p, cells = rows.numel(), _cells(rows.numel())
+    """Make the tables of both products in what :func:`empty_tables` allocated."""
+    knots, rise, done, lut, bounds = tables
+    p, runs = rows.numel(), bounds.numel() // 2
+    lut[CELLS * p :].zero_()
     with torch.cuda.device_of(rows):
-        knots_kernel[(blocks(p, 128),)](rows, knots, rise, done, lut[cells + 1 :], p, delta, BLOCK=128, num_warps=WARPS)
-        lut_kernel[(blocks(cells + 1, 256),)](knots, lut, p, cells, BLOCK=256, num_warps=WARPS)
+        tables_kernel[(max(blocks(p, TABLE_ROWS), blocks(runs, CELLS * TABLE_ROWS)),)](
+            rows, row_groups, columns.groups, knots, rise, done, lut, bounds if runs else None, p, runs, delta,
+            CELLS=CELLS, ROWS=TABLE_ROWS, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _runs(columns: Columns, bounds: Tensor, block: int) -> tuple[int, Tensor | None, int]:
+    """The length of a run of columns, the rows of each, and how many programs it takes."""
+    n, runs = columns.values.numel(), bounds.numel() // 2
+    if runs == 0:
+        return n, None, blocks(n, block)
+    return n // runs, bounds, runs * blocks(n // runs, block)
 
 
 def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
     """y_i = sum_j H_ij v_j, float64 ``(P,)``."""
-    if row_groups is None:
-        return _matvec(rows, columns, delta, tables)
-
-    def of_segment(s: Tensor, those: Columns) -> Tensor:
-        return _matvec(s, those, delta, _tables(s, those, delta))
-
-    return sum_by_segment(of_segment, rows, row_groups, columns)
-
-
-def rmatvec(
-    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
-) -> Tensor:
-    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
-    if row_groups is None:
-        return _rmatvec(rows, weights, columns, delta, tables)
-
-    def of_segment(s: Tensor, w: Tensor, those: Columns) -> Tensor:
-        return _rmatvec(s, w, those, delta, _tables(s, those, delta))
-
-    return spread_by_segment(of_segment, rows, row_groups, weights, columns)
-
-
-def _tables(rows: Tensor, columns: Columns, delta: float) -> list[Tensor]:
-    tables = empty_tables(rows, False, columns)
-    _fill_tables(tables, rows, delta)
-    return tables
-
-
-def _matvec(rows: Tensor, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
     p, n, hard = rows.numel(), columns.values.numel(), delta == 0
-    knots, rise, done, lut = tables
+    knots, rise, done, lut, bounds = tables
     marks, largest = columns.marks, None
     if columns.weights is not None:
         # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
         largest = torch.linalg.vector_norm(columns.weights, math.inf).double().frexp().exponent
         marks = torch.ldexp(columns.weights.double(), -largest)
     out, block = torch.empty_like(rows), BLOCK[working_dtype(columns.values)]
-    copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p + 1)))
-    table = torch.zeros(copies, 2, 2 * p + 1, dtype=torch.int64, device=rows.device)
-    # A sum of n positions of at most 2 stays below 2**62.
-    scale = 2.0 ** (61 - max(n - 1, 1).bit_length())
+    run, bounds, programs = _runs(columns, bounds, block)
+    copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p)))
+    sums = torch.zeros((4 * copies + 1) * p, dtype=torch.int64, device=rows.device)
+    table, nan = sums[: 4 * copies * p], sums[4 * copies * p :]
+    # A sum of n positions of at most 4 stays below 2**62.
+    scale = 2.0 ** (60 - max(n - 1, 1).bit_length())
     with torch.cuda.device_of(rows):
-        count_kernel[(blocks(n, block),)](
-            columns.values, marks, knots, lut, table, p, _cells(p), n, copies, delta, scale, BLOCK=block, HARD=hard,
-            num_warps=WARPS,
+        count_kernel[(programs,)](
+            columns.values, marks, knots, lut, bounds, table, nan, p, n, run, copies, delta, scale,
+            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
-        rows_kernel[(blocks(p, TILE["OUT"]),)](
-            rows, knots, rise, done, table.sum(0), out, p, delta, 1 / scale, HARD=hard, num_warps=WARPS, **TILE
-        )
+        sums_kernel[(1,)](
+            rows, row_groups, knots, rise, done, table, nan, work_of_sums(rows), out, p, copies, delta, 1 / scale,
+            HARD=hard, **launch(),
+        )  # fmt: skip
     return out if largest is None else torch.ldexp(out, largest)
 
 
-def _rmatvec(rows: Tensor, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
+def rmatvec(
+    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
+) -> Tensor:
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
+    return _transpose(rows, row_groups, weights, columns, delta, tables, Own())
+
+
+def spread(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    share: Tensor,
+    own: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    of_values: Tensor | None,
+    dtype: torch.dtype,
+    columns: Columns,
+    delta: float,
+    tables: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient in the negatives, :func:`rmatvec` of ``share`` times ``first``; and both of :func:`.own_of`."""
+    of_positives, pulls, grad_values = own_of(own, first, second, of_values, dtype, columns)
+    return _transpose(rows, row_groups, share, columns, delta, tables, of_positives), pulls, grad_values
+
+
+def _transpose(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    weights: Tensor,
+    columns: Columns,
+    delta: float,
+    tables: list[Tensor],
+    own: Own,
+) -> Tensor:
     p, n, hard = rows.numel(), columns.values.numel(), delta == 0
-    knots, rise, done, lut = tables
+    knots, rise, done, lut, bounds = tables
     out, block = torch.empty_like(columns.values), BLOCK[working_dtype(columns.values)]
-    lines = knots.new_empty(2 * p + 1, 2)
+    run, bounds, programs = _runs(columns, bounds, block)
+    lines, below = knots.new_empty(2 * p, 2), knots.new_empty(p)
     with torch.cuda.device_of(rows):
-        lines_kernel[(blocks(2 * p + 1, TILE["OUT"]),)](
-            rows, weights, knots, rise, done, lines, p, delta, HARD=hard, num_warps=WARPS, **TILE
-        )
-        evaluate_kernel[(blocks(n, block),)](
-            columns.values, columns.marks, knots, lut, lines, out, p, _cells(p), n, delta, BLOCK=block, HARD=hard,
-            num_warps=WARPS,
+        lines_kernel[(1,)](
+            rows, row_groups, knots, rise, done, weights, lines, below, work_of_lines(rows), *own, p,
+            0 if own.pulls is None else own.pulls.numel(), delta, HARD=hard, **launch(),
+        )  # fmt: skip
+        evaluate_kernel[(programs,)](
+            columns.values, columns.marks, knots, lut, bounds, lines, below, out, p, n, run, delta,
+            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
     return out

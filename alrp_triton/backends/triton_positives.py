@@ -1,6 +1,6 @@
 """The positives among themselves, and what a loss makes of its sums, in Triton.
 
-For aLRP and AP Loss all is one program, linear in P, by the prefix sums of :mod:`.triton_sums`. Rank & Sort compares
+For aLRP and AP Loss all is one program, linear in P, by the prefix sums of :mod:`.triton_among`. Rank & Sort compares
 rows pair by pair, in float64 tiles: which are of lower grade is no matter of order. The formulas of
 :mod:`alrp_triton.formulas` are compiled as they stand there.
 """
@@ -56,7 +56,7 @@ LOSSES = {"alrp": 0, "ap": 1, "interpolated_ap": 2}
 @triton.jit(do_not_specialize=["P"])
 def terms_kernel(
     rows_ptr, groups_ptr, values_ptr, order_ptr, false_positives_ptr, first_ptr, second_ptr, rank_ptr, own_ptr,
-    share_ptr, of_values_ptr, work_ptr, P, delta: tl.float64, at_zero: tl.float64, eps: tl.float64,
+    share_ptr, work_ptr, P, delta: tl.float64, at_zero: tl.float64, eps: tl.float64,
     LOSS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """One program: rows among themselves, the formulas, and for aLRP the gradient of the values."""
@@ -112,6 +112,8 @@ def terms_kernel(
         tl.store(rank_ptr + where, rank.to(dtype), mask=inside)
         tl.store(own_ptr + where, -pull / count, mask=inside)
         tl.store(own_ptr + (P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
+        if not VALUES:
+            tl.store(own_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
         tl.store(share_ptr + index, share / count, mask=inside)
     tl.store(first_ptr, (tl.sum(first_sum, axis=0) / count).to(dtype))
     tl.store(second_ptr, (tl.sum(second_sum, axis=0) / count).to(dtype))
@@ -119,7 +121,7 @@ def terms_kernel(
         tl.debug_barrier()
         unit = scale_for(tl.full([], 1.0, tl.float64), P, 61)[1] / count
         write_below(
-            rows_ptr, groups_ptr, order_ptr, of_values_ptr, work_ptr, P, unit, WEIGHTS, BAD_WEIGHTS, 0, BLOCK, HARD
+            rows_ptr, groups_ptr, order_ptr, own_ptr + 2 * P, work_ptr, P, unit, WEIGHTS, BAD_WEIGHTS, 0, BLOCK, HARD
         )
 
 
@@ -152,6 +154,7 @@ def rank_sort_kernel(
         where = tl.load(order_ptr + index, mask=inside, other=0)
         tl.store(rank_ptr + where, rank.to(dtype), mask=inside)
         tl.store(own_ptr + where, -pull / count, mask=inside)
+        tl.store(own_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
         tl.store(share_ptr + index, share / count, mask=inside)
         tl.store(weights_ptr + index, weight / count, mask=inside)
         tl.store(pulls_ptr + index, second_pull / count, mask=inside)
@@ -169,18 +172,18 @@ def terms(
     delta: float,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both losses, ranks, own gradients, shares, gradients of the values; contract in :mod:`alrp_triton.operators`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both losses, ranks, own gradients, shares; contract in :mod:`alrp_triton.operators`."""
     p, at_zero = rows.numel(), formulas.at_zero(delta)
     first, second, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), (), p))
-    own, share, of_values = rows.new_empty(2, p), torch.empty_like(rows), rows.new_empty(p if loss == "alrp" else 0)
+    own, share = rows.new_empty(3, p), torch.empty_like(rows)
     if loss != "rank_sort":
         with torch.cuda.device_of(rows):
             terms_kernel[(1,)](
-                rows, row_groups, values, order, false_positives, first, second, rank, own, share, of_values,
+                rows, row_groups, values, order, false_positives, first, second, rank, own, share,
                 work_of(rows), p, delta, at_zero, eps, LOSS=LOSSES[loss], HARD=delta == 0, **launch(),
             )  # fmt: skip
-        return first, second, rank, own, share, of_values
+        return first, second, rank, own, share
     among = among_grades(rows, row_groups, values, delta)
     weights, pulls = parts((p, p), torch.float64, rows.device)
     with torch.cuda.device_of(rows):
@@ -189,4 +192,4 @@ def terms(
             BLOCK=RANK_SORT_BLOCK, num_warps=RANK_SORT_WARPS,
         )  # fmt: skip
     below_grades(rows, row_groups, values, weights, delta, order, pulls, own)
-    return first, second, rank, own, share, of_values
+    return first, second, rank, own, share

@@ -32,6 +32,7 @@ from .triton_prefix import (
     split_of,
     width_of,
 )
+from .triton_tiled import scale_own
 
 
 @triton.jit
@@ -191,16 +192,18 @@ def _write_line(
     tl.store(lines_ptr + 2 * t + 1, tl.where(bad, nan, slope * unit).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "positives"])
 def lines_kernel(
-    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, share_ptr, first_ptr, lines_ptr, below_ptr, work_ptr, P,
-    delta: tl.float64, BLOCK: tl.constexpr, HARD: tl.constexpr,
+    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, share_ptr, lines_ptr, below_ptr, work_ptr, own_ptr, first_ptr,
+    second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, P, positives, delta: tl.float64,
+    BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """One program: the sum of share h over the rows -> lines[bins, 0 and 1]: value at the lower knot, and slope.
 
     Shares are multiplied by first, if that is not None. below: 0, or NaN for the rows of a group that has a row or
-    share that is not finite, whose lines are NaN too.
+    share that is not finite, whose lines are NaN too. Own gradients as :func:`.scale_own` says.
     """
+    scale_own(own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK)
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     stride = P + 2
     factor = tl.full([], 1.0, tl.float64)

@@ -18,16 +18,15 @@ order in which programs run: there are no atomics.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false
 
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import Columns
+from .columns import ALL, Columns
 from .knots import working_dtype
-from .segments import spread_by_segment, sum_by_segment
 
 # Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
 # 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only float64 logits use;
@@ -45,6 +44,7 @@ WARPS = 4
 # 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
 _SPLITS = 4096
 _TIGHT: tl.constexpr = tl.constexpr(2.0)
+_ALL: tl.constexpr = tl.constexpr(ALL)
 
 # How a tile evaluates the step.
 _ANCHORED: tl.constexpr = tl.constexpr(0)  # delta > 0, rows of the block close together: row holds the offset
@@ -53,12 +53,38 @@ _HARD: tl.constexpr = tl.constexpr(2)  # delta = 0: row holds the score
 
 
 @triton.jit
-def counted(marks, dtype: tl.constexpr):
-    """How often columns count: as floats say, or once where a byte is 0."""
-    if marks.dtype == tl.uint8:
-        weight = (marks == 0).to(dtype)
+def counted(marks_ptr, start, column, inside, CLASSES: tl.constexpr, dtype: tl.constexpr):
+    """How often the columns at start + column count (:class:`.columns.Columns`): 0 if not inside, which None all are.
+
+    CLASSES: the number of classes, if marks are of anchors; else 0.
+    """
+    if CLASSES > 0:
+        anchor = start // CLASSES
+        of_class = column.to(tl.uint32) + (start - anchor * CLASSES).to(tl.uint32)
+        after = of_class // CLASSES  # by a multiplication, for the divisor is known when compiling
+        of_class = (of_class - after * CLASSES).to(tl.int32)
+        at = marks_ptr + anchor + after.to(tl.int32)
+        if inside is None:
+            mark = tl.load(at)
+        else:
+            mark = tl.load(at, mask=inside, other=_ALL)
+        weight = ((mark != _ALL) & (mark != of_class)).to(dtype)
+    elif marks_ptr is None:
+        if inside is None:
+            weight = tl.full(column.shape, 1.0, dtype)
+        else:
+            weight = inside.to(dtype)
     else:
-        weight = marks.to(dtype)
+        if inside is None:
+            mark = tl.load(marks_ptr + start + column)
+        else:
+            mark = tl.load(marks_ptr + start + column, mask=inside, other=1)
+        if mark.dtype == tl.uint8:
+            weight = (mark == 0).to(dtype)
+        else:
+            weight = mark.to(dtype)
+        if inside is not None:
+            weight = tl.where(inside, weight, 0.0)
     return weight
 
 
@@ -78,8 +104,8 @@ def _accumulate(acc, x, row, weight, anchor, scale, MODE: tl.constexpr):
 
 @triton.jit
 def _sum_columns(
-    columns_ptr, marks_ptr, length, row, floor, anchor, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    MODE: tl.constexpr,
+    columns_ptr, marks_ptr, start, length, row, floor, anchor, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Sum of h * weight over ``length`` columns for one block of rows; NaN if a column that counts is NaN."""
     dtype = row.dtype
@@ -88,10 +114,8 @@ def _sum_columns(
     for begin in range(0, length, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         inside = column < length
-        x = tl.load(columns_ptr + column, mask=inside, other=float("-inf")).to(dtype)
-        weight = tl.where(inside, 1.0, 0.0).to(dtype)
-        if marks_ptr is not None:
-            weight = counted(tl.load(marks_ptr + column, mask=inside, other=1), dtype)
+        x = tl.load(columns_ptr + start + column, mask=inside, other=float("-inf")).to(dtype)
+        weight = counted(marks_ptr, start, column, inside, CLASSES, dtype)
         # Saturation turns NaN into 0, so NaN is looked for here, once a column and not once a pair.
         live = (weight != 0) & ~(x < floor)
         if tl.max(live.to(tl.int32), axis=0) > 0:
@@ -103,7 +127,7 @@ def _sum_columns(
 @triton.jit(do_not_specialize=["P", "N", "span"])
 def matvec_kernel(
     rows_ptr, columns_ptr, marks_ptr, partial_ptr, P, N: tl.int64, span: tl.int64, delta: tl.float64,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Program (b, k): the sum over split k of the columns, for block b of the rows -> partial[k, rows of b]."""
     dtype = partial_ptr.dtype.element_ty
@@ -118,18 +142,19 @@ def matvec_kernel(
     split = tl.program_id(1).to(tl.int64)
     start = split * span
     length = tl.minimum(N - start, span).to(tl.int32)
-    columns_ptr += start
-    if marks_ptr is not None:
-        marks_ptr += start
     if HARD:
-        y = _sum_columns(columns_ptr, marks_ptr, length, row, floor, anchor, 0.0, ROWS, COLUMNS, _HARD)
+        y = _sum_columns(columns_ptr, marks_ptr, start, length, row, floor, anchor, 0.0, ROWS, COLUMNS, CLASSES, _HARD)
     else:
         scale = tl.full([], 0.5 / delta, dtype)
         if last - anchor <= tl.full([], _TIGHT * delta, dtype):
             offset = 0.5 - (row - anchor) * scale
-            y = _sum_columns(columns_ptr, marks_ptr, length, offset, floor, anchor, scale, ROWS, COLUMNS, _ANCHORED)
+            y = _sum_columns(
+                columns_ptr, marks_ptr, start, length, offset, floor, anchor, scale, ROWS, COLUMNS, CLASSES, _ANCHORED
+            )
         else:
-            y = _sum_columns(columns_ptr, marks_ptr, length, row, floor, anchor, scale, ROWS, COLUMNS, _DIRECT)
+            y = _sum_columns(
+                columns_ptr, marks_ptr, start, length, row, floor, anchor, scale, ROWS, COLUMNS, CLASSES, _DIRECT
+            )
     tl.store(partial_ptr + split * P + index, y + poison, mask=index < P)
 
 
@@ -146,12 +171,47 @@ def _sum_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
+def _store(array_ptr, index, x, inside):
+    """A float64 in the dtype of the array; to half precision by way of float32, as torch does it."""
+    dtype: tl.constexpr = array_ptr.dtype.element_ty
+    if dtype != tl.float64:
+        x = x.to(tl.float32)
+    tl.store(array_ptr + index, x.to(dtype), mask=inside)
+
+
+@triton.jit
+def scale_own(
+    own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK: tl.constexpr
+):
+    """The positives' own gradients times what comes in, where it does: what pulls their logits, and that of the values."""
+    if own_ptr is not None:
+        for begin in range(0, positives, BLOCK):
+            index = begin + tl.arange(0, BLOCK)
+            inside = index < positives
+            pull = tl.zeros([BLOCK], tl.float64)
+            if first_ptr is not None:
+                pull += tl.load(own_ptr + index, mask=inside, other=0.0) * tl.load(first_ptr).to(tl.float64)
+            if second_ptr is not None:
+                of_second = tl.load(own_ptr + positives + index, mask=inside, other=0.0)
+                pull += of_second * tl.load(second_ptr).to(tl.float64)
+            _store(pulls_ptr, index, pull, inside)
+            if of_values_ptr is not None:
+                grad = tl.load(own_ptr + 2 * positives + index, mask=inside, other=0.0)
+                _store(grad_values_ptr, index, grad * tl.load(of_values_ptr).to(tl.float64), inside)
+
+
+@triton.jit(do_not_specialize=["P", "positives"])
 def prepare_kernel(
-    rows_ptr, weights_ptr, scores_ptr, offsets_ptr, shares_ptr, P, delta: tl.float64,
+    rows_ptr, weights_ptr, scores_ptr, offsets_ptr, shares_ptr, own_ptr, first_ptr, second_ptr, of_values_ptr,
+    pulls_ptr, grad_values_ptr, P, positives, delta: tl.float64,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """What rmatvec_kernel reads: rows, offsets, weights in its dtype, and shares[P], 0 if all are finite, else NaN."""
+    """What rmatvec_kernel reads: rows, offsets, weights in its dtype, and shares[P], 0 if all are finite, else NaN.
+
+    Weights are times ``first``, if that is given; own gradients as :func:`scale_own` says.
+    """
+    scale_own(own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK)
     dtype = scores_ptr.dtype.element_ty
     poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.zeros([BLOCK], tl.float64)
     for begin in range(0, P, BLOCK):
@@ -159,6 +219,8 @@ def prepare_kernel(
         inside = index < P
         row = tl.load(rows_ptr + index, mask=inside, other=0.0)
         weight = tl.load(weights_ptr + index, mask=inside, other=0.0)
+        if first_ptr is not None:
+            weight = weight * tl.load(first_ptr).to(tl.float64)
         tl.store(scores_ptr + index, row.to(dtype), mask=inside)
         tl.store(shares_ptr + index, weight.to(dtype), mask=inside)
         if not HARD:
@@ -171,7 +233,7 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["P", "N"])
 def rmatvec_kernel(
     rows_ptr, offsets_ptr, weights_ptr, columns_ptr, marks_ptr, out_ptr, P, N: tl.int64, delta: tl.float64,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: block b of the columns, summed over all rows -> out[columns of b]. weights[P] is added to all."""
     dtype = rows_ptr.dtype.element_ty
@@ -179,9 +241,7 @@ def rmatvec_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < N - start
     x = tl.load(columns_ptr + start + column, mask=inside, other=float("-inf")).to(dtype)
-    live = inside
-    if marks_ptr is not None:
-        live = counted(tl.load(marks_ptr + start + column, mask=inside, other=1), dtype) != 0
+    live = counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0
     top = tl.max(tl.where(live, x, float("-inf")), axis=0)
     acc = tl.zeros([CHUNK, COLUMNS], dtype)
     scale = 0.0
@@ -230,17 +290,6 @@ def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, c
 
 def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float, tables: list[Tensor]) -> Tensor:
     """y_i = sum_j H_ij v_j, float64 ``(P,)``."""
-    return sum_by_segment(partial(_matvec, delta=delta), rows, row_groups, columns)
-
-
-def rmatvec(
-    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
-) -> Tensor:
-    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
-    return spread_by_segment(partial(_rmatvec, delta=delta), rows, row_groups, weights, columns)
-
-
-def _matvec(rows: Tensor, columns: Columns, delta: float) -> Tensor:
     p, n, working = rows.numel(), columns.values.numel(), working_dtype(columns.values)
     tile = (FORWARD_TILE_AMD if torch.version.hip else FORWARD_TILE)[working]
     of_rows, tiles = blocks(p, tile["ROWS"]), blocks(n, tile["COLUMNS"])
@@ -250,13 +299,65 @@ def _matvec(rows: Tensor, columns: Columns, delta: float) -> Tensor:
     partial_sums = torch.empty(splits, p, dtype=working, device=rows.device)
     with torch.cuda.device_of(rows):
         matvec_kernel[(of_rows, splits)](
-            rows, columns.values, columns.marks, partial_sums, p, n, span, delta,
+            rows, columns.values, columns.marks, partial_sums, p, n, span, delta, CLASSES=columns.num_classes or 0,
             HARD=delta == 0, num_warps=WARPS, **tile,
         )  # fmt: skip
     return partial_sums.sum(0, dtype=torch.float64)
 
 
-def _rmatvec(rows: Tensor, weights: Tensor, columns: Columns, delta: float) -> Tensor:
+class Own(NamedTuple):
+    """What :func:`scale_own` reads and writes."""
+
+    gradients: Tensor | None = None
+    first: Tensor | None = None
+    second: Tensor | None = None
+    of_values: Tensor | None = None
+    pulls: Tensor | None = None
+    grad_values: Tensor | None = None
+
+
+def own_of(
+    own: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    of_values: Tensor | None,
+    dtype: torch.dtype,
+    columns: Columns,
+) -> tuple[Own, Tensor, Tensor]:
+    """That of the arguments of ``spread`` (:mod:`alrp_triton.operators`); pulls in the dtype of the columns; gradients
+    of values."""
+    p, device = own.shape[1], own.device
+    pulls = torch.empty(p, dtype=columns.values.dtype, device=device)
+    grad_values = torch.empty(0 if of_values is None else p, dtype=dtype, device=device)
+    return Own(own, first, second, of_values, pulls, grad_values), pulls, grad_values
+
+
+def rmatvec(
+    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
+) -> Tensor:
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
+    return _transpose(rows, weights, columns, delta, Own())
+
+
+def spread(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    share: Tensor,
+    own: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    of_values: Tensor | None,
+    dtype: torch.dtype,
+    columns: Columns,
+    delta: float,
+    tables: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient in the negatives, :func:`rmatvec` of ``share`` times ``first``; and both of :func:`own_of`."""
+    of_positives, pulls, grad_values = own_of(own, first, second, of_values, dtype, columns)
+    return _transpose(rows, share, columns, delta, of_positives), pulls, grad_values
+
+
+def _transpose(rows: Tensor, weights: Tensor, columns: Columns, delta: float, own: Own) -> Tensor:
     values = columns.values
     p, n, working, hard = rows.numel(), values.numel(), working_dtype(values), delta == 0
     tile = TRANSPOSE_TILE[working]
@@ -265,10 +366,11 @@ def _rmatvec(rows: Tensor, weights: Tensor, columns: Columns, delta: float) -> T
     with torch.cuda.device_of(rows):
         # In the loop over rows every instruction counts, so what belongs to a row is made here, once.
         prepare_kernel[(1,)](
-            rows, weights, scores, offsets, shares, p, delta, ROWS=tile["ROWS"], BLOCK=PREPARE_BLOCK, HARD=hard,
-            num_warps=WARPS,
+            rows, weights, scores, offsets, shares, *own, p, 0 if own.pulls is None else own.pulls.numel(), delta,
+            ROWS=tile["ROWS"], BLOCK=PREPARE_BLOCK, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
         rmatvec_kernel[(blocks(n, tile["COLUMNS"]),)](
-            scores, offsets, shares, values, columns.marks, out, p, n, delta, HARD=hard, num_warps=WARPS, **tile
-        )
+            scores, offsets, shares, values, columns.marks, out, p, n, delta, CLASSES=columns.num_classes or 0,
+            HARD=hard, num_warps=WARPS, **tile,
+        )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ from ..problems import CASES, Size, draw_problem
 from ..tables import number, table
 from .clock import Clock
 
-_find, _position = triton_binned._find, triton_binned._position
+_find, _position, CELLS = triton_binned._find, triton_binned._position, triton_binned.CELLS
 BLOCK, WARPS = 1024, 4
 # Of a packed sum the lower bits are of positions in units of 2**-30, so that 2**16 of them, each at most 1, fit.
 PACKED_BITS: tl.constexpr = tl.constexpr(47)
@@ -65,14 +65,14 @@ def declare(bins: int) -> str:
 
 
 @triton.jit
-def _add(x, live, table_ptr, shared, knots_ptr, lut_ptr, P, M, rate, WAY: tl.constexpr):
+def _add(x, live, table_ptr, shared, knots_ptr, lut_ptr, P, rate, CELLS: tl.constexpr, WAY: tl.constexpr):
     """A block's logits to the table. Those that do not reach the lowest knot, and NaN, add nothing."""
-    bin = _find(x, live, knots_ptr, lut_ptr, P, M)
+    bin = _find(x, live, knots_ptr, lut_ptr, P, P * 0, P, CELLS)
     position = tl.minimum(_position(x, bin, live, knots_ptr, rate, False), 1.0)  # above it no row has a slope
     if WAY == "two":
         tl.atomic_add(table_ptr + bin, tl.full(bin.shape, 1, tl.int64), mask=live, sem="relaxed")
         moment = tl.where(live, position * 1073741824.0, 0.0).to(tl.int64)
-        tl.atomic_add(table_ptr + 2 * P + 1 + bin, moment, mask=live, sem="relaxed")
+        tl.atomic_add(table_ptr + 2 * P + bin, moment, mask=live, sem="relaxed")
     elif WAY == "packed":
         moment = tl.where(live, position * 1073741824.0, 0.0).to(tl.int64)
         one = tl.full(bin.shape, 1, tl.int64) << PACKED_BITS
@@ -83,21 +83,21 @@ def _add(x, live, table_ptr, shared, knots_ptr, lut_ptr, P, M, rate, WAY: tl.con
         tl.inline_asm_elementwise(_ADD, "=r,r,r,r", [shared + 8 * bin, moment, counted], tl.int32, False, 1)
 
 
-@triton.jit(do_not_specialize=["P", "M", "N", "each", "copies"])
+@triton.jit(do_not_specialize=["P", "N", "each", "copies"])
 def count_kernel(
-    columns_ptr, knots_ptr, lut_ptr, table_ptr, P, M, N: tl.int64, each, copies, rate,
-    WAY: tl.constexpr, BLOCK: tl.constexpr, DECLARE: tl.constexpr, THREADS: tl.constexpr,
+    columns_ptr, knots_ptr, lut_ptr, table_ptr, P, N: tl.int64, each, copies, rate,
+    CELLS: tl.constexpr, WAY: tl.constexpr, BLOCK: tl.constexpr, DECLARE: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Program b: so many blocks of logits, ``each``, to table[b % copies]."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     program = tl.program_id(0)
-    size = 2 * P + 1 if WAY == "packed" else 4 * P + 2
+    size = 2 * P if WAY == "packed" else 4 * P
     table_ptr += (program % copies).to(tl.int64) * size
     shared = program
     if WAY == "shared":
         shared = tl.inline_asm_elementwise(DECLARE, "=r,r", [program], tl.int32, False, 1)
-        for begin in range(0, 2 * P + 1, THREADS):
-            bin = tl.minimum(begin + tl.arange(0, THREADS), 2 * P)
+        for begin in range(0, 2 * P, THREADS):
+            bin = tl.minimum(begin + tl.arange(0, THREADS), 2 * P - 1)
             tl.inline_asm_elementwise(_ZERO, "=r,r,r", [shared + 8 * bin, bin * 0], tl.int32, False, 1)
         tl.debug_barrier()
     lowest = tl.load(knots_ptr)
@@ -105,25 +105,25 @@ def count_kernel(
     end = tl.minimum(begin + each * BLOCK, N)
     for block in range((end - begin) // BLOCK):
         x = tl.load(columns_ptr + begin + block * BLOCK + tl.arange(0, BLOCK)).to(dtype)
-        _add(x, x >= lowest, table_ptr, shared, knots_ptr, lut_ptr, P, M, rate, WAY)
+        _add(x, x >= lowest, table_ptr, shared, knots_ptr, lut_ptr, P, rate, CELLS, WAY)
     rest = begin + (end - begin) // BLOCK * BLOCK
     if rest < end:
         index = rest + tl.arange(0, BLOCK)
         x = tl.load(columns_ptr + index, mask=index < end, other=float("-inf")).to(dtype)
-        _add(x, x >= lowest, table_ptr, shared, knots_ptr, lut_ptr, P, M, rate, WAY)
+        _add(x, x >= lowest, table_ptr, shared, knots_ptr, lut_ptr, P, rate, CELLS, WAY)
     if WAY == "shared":
         tl.debug_barrier()
-        for begin_bin in range(0, 2 * P + 1, THREADS):
+        for begin_bin in range(0, 2 * P, THREADS):
             bin = begin_bin + tl.arange(0, THREADS)
-            at = shared + 8 * tl.minimum(bin, 2 * P)
+            at = shared + 8 * tl.minimum(bin, 2 * P - 1)
             low = tl.inline_asm_elementwise(_LOW, "=r,r", [at], tl.uint32, False, 1)
             high = tl.inline_asm_elementwise(_HIGH, "=r,r", [at], tl.uint32, False, 1)
             number = (high >> COUNT_BIT).to(tl.int64)
             carried = (high & ((1 << COUNT_BIT) - 1)).to(tl.int64)
-            some = (number > 0) & (bin <= 2 * P)
+            some = (number > 0) & (bin < 2 * P)
             tl.atomic_add(table_ptr + bin, number, mask=some, sem="relaxed")
             moment = ((carried << 32) + low.to(tl.int64)) << 2
-            tl.atomic_add(table_ptr + 2 * P + 1 + bin, moment, mask=some, sem="relaxed")
+            tl.atomic_add(table_ptr + 2 * P + bin, moment, mask=some, sem="relaxed")
 
 
 class Way(NamedTuple):
@@ -152,21 +152,21 @@ def tables_of(rows: Tensor, columns: Tensor, delta: float) -> list[Tensor]:
 
 
 def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[], Tensor]:
-    """A call that adds up all columns: int64 ``(2, 2P + 1)``, numbers and positions in units of 2**-30."""
+    """A call that adds up all columns: int64 ``(2, 2P)``, for each bin, numbers and positions in units of 2**-30."""
     p, n = rows.numel(), columns.numel()
-    knots, _, _, lut = tables_of(rows, columns, delta)
+    knots, _, _, lut, _ = tables_of(rows, columns, delta)
     blocks = triton.cdiv(n, BLOCK)
     each = min(triton.cdiv(blocks, way.programs), way.columns // BLOCK)
     programs = triton.cdiv(blocks, each)
     copies = way.copies or triton.cdiv(programs, way.columns // BLOCK)
-    size = 2 * p + 1 if way.name == "packed" else 4 * p + 2
+    size = 2 * p if way.name == "packed" else 4 * p
     sums = torch.empty(copies, size, dtype=torch.int64, device=columns.device)
-    declared = declare(triton.next_power_of_2(2 * p + 1)) if way.name == "shared" else ""
+    declared = declare(triton.next_power_of_2(2 * p)) if way.name == "shared" else ""
 
     def step() -> Tensor:
         sums.zero_()
         count_kernel[(programs,)](
-            columns, knots, lut, sums, p, triton_binned._cells(p), n, each, copies, 0.5 / delta, WAY=way.name,
+            columns, knots, lut, sums, p, n, each, copies, 0.5 / delta, CELLS=CELLS, WAY=way.name,
             BLOCK=BLOCK, DECLARE=declared, THREADS=32 * WARPS, num_warps=WARPS,
         )  # fmt: skip
         if way.name == "packed":
@@ -180,10 +180,10 @@ def wrong(sums: Tensor, rows: Tensor, columns: Tensor, delta: float) -> float:
     """How far sums are from those of torch in float64: of a logit's position; infinite where a number is another."""
     knots = tables_of(rows, columns, delta)[0]
     flat = columns.reshape(-1).to(knots.dtype)
-    bins = torch.searchsorted(knots, flat, right=True)
-    live = bins > 0
-    numbers = torch.bincount(bins[live], minlength=knots.numel() + 1)
-    low = torch.cat([knots[:1], knots])[bins]
+    bins = torch.searchsorted(knots, flat, right=True) - 1
+    live = bins >= 0
+    numbers = torch.bincount(bins[live], minlength=knots.numel())
+    low = knots[bins.clamp(0)]
     positions = ((flat - low) * (0.5 / delta)).clamp(max=1.0).double()[live]
     inside = torch.zeros(numbers.numel(), dtype=torch.float64, device=flat.device).index_add_(0, bins[live], positions)
     if not torch.equal(numbers, sums[0]):
@@ -198,7 +198,7 @@ def compiled() -> dict[str, dict[str, int]]:
 
     found: dict[str, dict[str, int]] = {}
     for way in dict.fromkeys(way.name for way in WAYS):
-        constants = {"WAY": way, "BLOCK": BLOCK, "DECLARE": declare(2048), "THREADS": 32 * WARPS}
+        constants = {"CELLS": CELLS, "WAY": way, "BLOCK": BLOCK, "DECLARE": declare(2048), "THREADS": 32 * WARPS}
         kernel = compile_for(Kernel(count_kernel, constants, {"each": "i32", "rate": "fp32"}, WARPS), "sm_90")
         found[way] = resources(kernel) | count(basic_blocks(kernel), "ATOMS", "RED")
     return found

@@ -103,7 +103,9 @@ def units(shard: str, context: Context) -> list[Unit]:
             for name in _AT_DELTA_0
         ]
     found += [Unit(f"offset {k}", partial(_alignments, target, k)) for k in context.some((1, 3, 2, 0), 2)]
-    found += [Unit("strides", partial(_strides, target)), Unit("groups", partial(_groups, target))]
+    found.append(Unit("strides", partial(_strides, target)))
+    if backend != "triton_tiled":
+        found.append(Unit("groups", partial(_groups, target)))
     if dtype == "float32":
         found += [Unit(f"class indices {name}", partial(_classes, target, name)) for name in context.some(INTEGERS, 2)]
         found += [

@@ -88,10 +88,10 @@ def draw() -> Figure:
     kept = {
         "find": "positives (P,)",
         "count": "rows (P,), tables",
-        "terms": "share (P,), own (2, P),\ngradient of values (P,)",
+        "terms": "share (P,), own (3, P)",
     }
     for name, what in kept.items():
-        y = _middle(by_name[name]) - (0.12 if name == "terms" else 0)
+        y = _middle(by_name[name])
         _arrow(axes, (_RIGHT, y), (_KEPT, y))
         axes.text((_RIGHT + _KEPT) / 2, y - 0.1, what, ha="center", va="bottom", size=8)
     y = _middle(by_name["spread"])
@@ -111,6 +111,8 @@ def draw() -> Figure:
     axes.text(7.0, by_name["spread"].top - 0.5, "gradients of the losses, 0-d", ha="center", size=8)
     bottom = by_name["spread"].top + _HEIGHT
     _arrow(axes, (middle, bottom), (middle, bottom + 0.55), _OF_N)
-    axes.text(middle, bottom + 0.82, "gradient of the logits (N,)", ha="center", size=8, color=_OF_N)
+    axes.text(
+        middle, bottom + 0.82, "gradients of the logits (N,), and of the values (P,)", ha="center", size=8, color=_OF_N
+    )
     axes.text(0.1, 13.25, "dashed: with a process group alone", size=8)
     return figure
