@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64]
 class Rows(NamedTuple):
     """Rows of one group or more, and delta."""
 
-    scores: Floats  # ascending within each group, float32 in value
+    scores: Floats  # ascending within each group, numbers of the dtype of the columns
     groups: NDArray[np.int64] | None
     delta: float
 
@@ -35,7 +35,7 @@ def _single(x: Floats) -> Floats:
     return x.astype(np.float32).astype(np.float64)
 
 
-def draw(name: str) -> Rows:
+def draw(name: str, dtype: torch.dtype = torch.float64) -> Rows:
     rng = np.random.default_rng(len(name))
     scores, groups, delta = rng.normal(size=150), None, 0.5
     if name == "more than a block":
@@ -82,7 +82,10 @@ def draw(name: str) -> Rows:
     elif name == "groups far apart":
         groups, delta = np.arange(150) // 40, 1.0
         scores += np.array([1e6, -1e6, 0, 3e3])[groups]
-    scores = _single(scores)
+    elif name == "far in float64":
+        scores, delta = 1e6 + scores * 1e-5, 1e-6
+    if name != "far in float64" or dtype != torch.float64:
+        scores = _single(scores)
     order = np.lexsort((scores, groups if groups is not None else np.zeros(len(scores))))
     return Rows(scores[order], groups, delta)
 
@@ -90,7 +93,7 @@ def draw(name: str) -> Rows:
 NAMES = [
     "random", "more than a block", "one row", "ties", "all equal", "hard", "odd delta", "tiny delta", "huge delta",
     "huge delta and scores", "far from zero", "jumps", "jumps and slopes", "clusters", "huge range", "around zero",
-    "groups", "hard groups", "groups far apart",
+    "groups", "hard groups", "groups far apart", "far in float64",
 ]  # fmt: skip
 
 
@@ -195,7 +198,7 @@ def triton() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_over_bins(name: str, dtype: torch.dtype, signed: bool, device: str) -> None:
-    rows = draw(name)
+    rows = draw(name, dtype)
     table = tabulate(rows, dtype)
     launch = Launch.of(rows, table, dtype, device)
     rng = np.random.default_rng(2)
@@ -223,7 +226,7 @@ def test_sums_over_bins(name: str, dtype: torch.dtype, signed: bool, device: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_lines_of_bins(name: str, dtype: torch.dtype, device: str) -> None:
-    rows = draw(name)
+    rows = draw(name, dtype)
     table = tabulate(rows, dtype)
     launch = Launch.of(rows, table, dtype, device)
     w = np.random.default_rng(3).lognormal(size=len(rows.scores))

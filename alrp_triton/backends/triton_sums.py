@@ -171,9 +171,6 @@ def _write_line(
     """The line of bin t, in which rows [begin, first) have h = 1 and rows [first, last) a slope or a half."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     stride = P + 2
-    t = tl.minimum(tl.maximum(t, 0), 2 * P - 1)  # whatever NaN made of them
-    first = tl.minimum(tl.maximum(first, 0), P)
-    last = tl.minimum(tl.maximum(last, 0), P)
     if HARD:
         value = difference(work_ptr, 0, begin, last).to(tl.float64)
         slope = value * 0.0
