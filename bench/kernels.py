@@ -35,17 +35,19 @@ COLUMN_DTYPES = ("fp32", "fp64", "bf16", "fp16")
 
 # Triton types of all arguments; {C} is the dtype of the columns, {W} that of the arithmetic.
 _TYPES = {
-    "P": "i32", "N": "i64", "span": "i64", "run": "i64", "runs": "i32", "copies": "i32", "count": "i32", "anchors": "i64",
+    "P": "i32", "N": "i64", "span": "i64", "run": "i64", "runs": "i32", "copies": "i32", "count": "i32",
+    "anchors": "i64", "positives": "i32",
     "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
     "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "marks_ptr": "*u8",
     "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "below_ptr": "*{W}", "lut_ptr": "*i32", "rise_ptr": "*i32",
     "bounds_ptr": "*i32", "run_groups_ptr": "*i64", "nan_ptr": "*i64", "logits_ptr": "*fp32", "found_ptr": "*i64",
-    "places_ptr": "*i64", "row_groups_ptr": "*i64", "row_values_ptr": "*fp64", "done_ptr": "*i32", "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
+    "places_ptr": "*i64", "row_groups_ptr": "*i64", "row_values_ptr": "*fp64", "done_ptr": "*i32",
+    "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
     "order_ptr": "*i64", "first_ptr": "*fp32", "second_ptr": "*fp32", "rank_ptr": "*fp32",
     "own_ptr": "*fp64", "share_ptr": "*fp64", "pulls_ptr": "*fp64", "groups_ptr": "*i64",
     "at_zero": "fp64", "eps": "fp64", "grades_ptr": "*fp64",
-    "work_ptr": "*i64", "of_values_ptr": "*fp32", "grad_values_ptr": "*fp32", "positives": "i32",
+    "work_ptr": "*i64", "of_values_ptr": "*fp32", "grad_values_ptr": "*fp32",
     "table_ptr": "*i64", "targets_ptr": "*i64", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formulas import MOST_GRADE
 from .triton_targets import Found
-from .triton_tiled import blocks, parts
+from .triton_tiled import blocks
 
 TILE = {"ROWS": 8, "COLUMNS": 128}
 WARPS = 4

@@ -325,7 +325,8 @@ def own_of(
     columns: Columns,
 ) -> tuple[Own, Tensor, Tensor]:
     """That of the arguments of ``spread`` (:mod:`alrp_triton.operators`); pulls in the dtype of the columns; gradients
-    of values."""
+    of values.
+    """
     p, device = own.shape[1], own.device
     pulls = torch.empty(p, dtype=columns.values.dtype, device=device)
     grad_values = torch.empty(0 if of_values is None else p, dtype=dtype, device=device)
