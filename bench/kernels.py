@@ -75,7 +75,10 @@ class Kernel(NamedTuple):
 
 
 def kernels(target: str, columns: str) -> dict[str, Kernel]:
-    """All kernels that depend on the dtype of the columns, by name; with fp32 those that do not, too."""
+    """All kernels that depend on the dtype of the columns, by name; with fp32 those that do not, too.
+
+    What is of size P takes long to compile: without groups, and with delta = 0, for sm_90 alone.
+    """
     working = torch.float64 if columns == "fp64" else torch.float32
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
     transpose = triton_tiled.TRANSPOSE_TILE[working]
@@ -106,15 +109,10 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_binned.evaluate_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
             ),
         }
-    of_classes, in_groups = {"CLASSES": 80}, {"CLASSES": 0}
-    marks = {"marks_ptr": "*i32"}
-    found |= {
-        "tiled matvec of classes": found["tiled matvec"].of(of_classes, marks),
-        "tiled rmatvec of classes": found["tiled rmatvec"].of(of_classes, marks),
-    }
-    for product in ("binned count", "binned evaluate"):
-        found[f"{product} of classes"] = found[product].of(of_classes, marks)
-        found[f"{product} in groups"] = found[product].of(in_groups, {"bounds_ptr": "*i32"})
+    for product in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate"):
+        found[f"{product} of classes"] = found[product].of({"CLASSES": 80}, {"marks_ptr": "*i32"})
+        if product.startswith("binned") and columns == "fp32":
+            found[f"{product} in groups"] = found[product].of({}, {"bounds_ptr": "*i32"})
     if columns in ("bf16", "fp16"):  # what does not touch the columns is that of fp32
         reads_columns = ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")
         return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
@@ -123,7 +121,8 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     found["binned tables"] = Kernel(triton_binned.tables_kernel, alone, {}, triton_binned.WARPS)
     found["binned tables in groups"] = Kernel(triton_binned.tables_kernel, tables, {}, triton_binned.WARPS)
     # With groups what they add is in the code; without, it is not.
-    steps = ("", False, {"groups_ptr": None}), (" hard", True, {"groups_ptr": None}), (" in groups", False, {})
+    one = {"groups_ptr": None}
+    steps = [(" in groups", False, {})] + [("", False, one), (" hard", True, one)] * (target == "sm_90")
     config = dict(triton_prefix.LAUNCH_AMD if target.startswith("gfx") else triton_prefix.LAUNCH)
     in_blocks, warps = {"BLOCK": config.pop("BLOCK")}, config.pop("num_warps")
     options = tuple(config.items())

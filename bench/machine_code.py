@@ -197,14 +197,19 @@ def read(name: str, target: str, columns: str, *, instructions: bool = True) -> 
 def matrix(
     targets: tuple[str, ...] = tuple(TARGETS),
     dtypes: tuple[str, ...] = COLUMN_DTYPES,
-    disassembled: tuple[str, str] | None = None,
+    disassembled: tuple[str, ...] | None = None,
 ) -> list[dict[str, Any]]:
     """A record for each kernel, target, and dtype of the columns.
 
-    ``disassembled``: the one target and dtype whose instructions are read; None: those of all.
+    ``disassembled``: the one target, and behind it the dtypes, whose instructions are read; None: those of all.
     """
     return [
-        read(name, target, columns, instructions=disassembled in (None, (target, columns)))
+        read(
+            name,
+            target,
+            columns,
+            instructions=disassembled is None or (target == disassembled[0] and columns in disassembled[1:]),
+        )
         for columns in dtypes
         for target in targets
         for name in kernels(target, columns)
@@ -212,4 +217,4 @@ def matrix(
 
 
 if __name__ == "__main__":
-    print(json.dumps(matrix(disassembled=(sys.argv[1], sys.argv[2]) if sys.argv[1:] else None)))
+    print(json.dumps(matrix(disassembled=tuple(sys.argv[1:]) or None)))

@@ -24,7 +24,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 def records() -> list[dict[str, Any]]:
     or_skip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (done,) = run_together(["-m", "bench.machine_code", "sm_90", "fp32"], environment=environment)
+    (done,) = run_together(["-m", "bench.machine_code", "sm_90", "fp32", "bf16"], environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -37,16 +37,19 @@ def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> 
         for step in ("", " hard"):
             assert {f"{kernel}{step}" for kernel in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")} <= names  # fmt: skip
     assert {record["kernel"] for record in mine} >= {
-        "tiled prepare", "binned rows", "binned lines", "binned knots", "binned table", "among rows", "among grades", "below grades",
-        "below rows in groups", "sums of bins in groups", "lines of bins hard", "alrp terms", "alrp terms in groups", "ap terms hard", "interpolated_ap terms in groups", "rank_sort terms", "sort", "targets dense", "targets graded", "targets classes",
+        "tiled prepare", "tiled matvec of classes", "binned count of classes", "binned evaluate in groups", "binned tables", "order",
+        "among rows in groups", "among grades in groups", "below grades in groups", "below rows in groups", "sums of bins in groups", "lines of bins in groups",
+        "alrp terms in groups", "ap terms in groups", "interpolated_ap terms in groups", "rank_sort terms", "targets dense", "targets graded", "targets classes",
     }  # fmt: skip
+    if target == "sm_90":
+        assert {"sums of bins", "lines of bins hard", "alrp terms", "ap terms hard"} <= {record["kernel"] for record in mine}
     assert [record for record in mine if record["spills"]] == []
 
 
 def test_every_kernel_of_the_package_is_compiled(records: list[dict[str, Any]]) -> None:
     source = "".join(path.read_text() for path in (ROOT / "alrp_triton" / "backends").glob("triton_*.py"))
     kernels = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
-    names = {record["kernel"].removesuffix(" hard").removesuffix(" in groups") for record in records}
+    names = {re.sub(" hard$| in groups$| of classes$", "", record["kernel"]) for record in records}
     forms = {"targets graded", "ap terms", "interpolated_ap terms"}  # of kernels that are there by another name
     assert len(kernels) == len(names - forms)
 
@@ -64,7 +67,7 @@ def test_logits_and_targets_are_addressed_in_64_bits(records: list[dict[str, Any
     }
     seen = 0
     for record in records:
-        for array in long.get(record["kernel"].removesuffix(" hard"), []):
+        for array in long.get(re.sub(" hard$| in groups$| of classes$", "", record["kernel"]), []):
             assert record["addresses"][array], (record["kernel"], array)
             assert all(record["addresses"][array]), (record["kernel"], record["target"], array)
             seen += 1
@@ -98,17 +101,21 @@ def of_the_h200() -> dict[str, Any]:
     return results.load(file)
 
 
-@pytest.mark.parametrize("step", ["", " hard"])
+@pytest.mark.parametrize("step", ["", " hard", " of classes"])
 def test_whole_blocks_of_logits_are_read_and_written_16_bytes_at_once(records: list[dict[str, Any]], step: str) -> None:
     """A mask that depends on N, of which nothing is known when compiling, would make it 4 bytes."""
-    of = {
-        r["kernel"]: r["of_16_bytes"]
-        for r in records
-        if (r["target"], r["columns"]) == ("sm_90", "fp32") and "unit" in r
-    }
     logits_a_thread = 1024 // 128  # a block, over the threads of four warps
-    assert of[f"binned evaluate{step}"] == {"LDG.E.128": logits_a_thread // 4, "STG.E.128": logits_a_thread // 4}
-    assert of[f"binned count{step}"]["LDG.E.128"] == logits_a_thread // 4
+    for columns, size in (("fp32", 4), ("bf16", 2)):
+        of = {
+            r["kernel"]: r["of_16_bytes"]
+            for r in records
+            if (r["target"], r["columns"]) == ("sm_90", columns) and "unit" in r
+        }
+        times = logits_a_thread * size // 16
+        assert of[f"binned evaluate{step}"] == {"LDG.E.128": times, "STG.E.128": times}
+        assert of[f"binned count{step}"]["LDG.E.128"] == times
+        if columns == "fp32":
+            assert of["targets dense"]["LDG.E.128"] == 512 // 128 * 8 // 16  # targets of int64
 
 
 def test_the_model_of_the_machine_code_is_near_the_counters_of_a_gpu(records: list[dict[str, Any]]) -> None:

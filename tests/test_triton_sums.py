@@ -1,7 +1,7 @@
 """Sums by prefix sums of integers, against dense float64: over bins, over rows for each bin, over rows among themselves."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,13 +31,14 @@ class Rows(NamedTuple):
         return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _single(x: Floats) -> Floats:
+def _single(x: NDArray[Any]) -> Floats:
     return x.astype(np.float32).astype(np.float64)
 
 
 def draw(name: str, dtype: torch.dtype = torch.float64) -> Rows:
     rng = np.random.default_rng(len(name))
-    scores, groups, delta = rng.normal(size=150), None, 0.5
+    scores: NDArray[Any] = rng.normal(size=150)
+    groups, delta = None, 0.5
     if name == "more than a block":
         scores, delta = rng.normal(size=1500) * 30, 0.75
     elif name == "one row":
@@ -125,7 +126,7 @@ def tabulate(rows: Rows, dtype: torch.dtype) -> Table:
     """Knots, and columns with their bins, where they matter: around all knots."""
     rng = np.random.default_rng(1)
     number = np.float64 if dtype == torch.float64 else np.float32
-    parts = Table(np.zeros(0), *(np.zeros(0, np.int64) for _ in range(2)), [], [], [])
+    parts = Table(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64), [], [], [])
     for here in rows.segments():
         with np.errstate(over="ignore", invalid="ignore"):
             s = rows.scores[here]
@@ -164,28 +165,20 @@ class Launch(NamedTuple):
         groups = None if rows.groups is None else torch.tensor(rows.groups, device=device)
         return Launch(
             torch.tensor(rows.scores, device=device), groups, torch.tensor(table.knots, dtype=dtype, device=device),
-            *(torch.tensor(v, dtype=torch.int32, device=device) for v in (table.rise, table.done)), rows.delta,
+            torch.tensor(table.rise, dtype=torch.int32, device=device),
+            torch.tensor(table.done, dtype=torch.int32, device=device), rows.delta,
         )  # fmt: skip
 
     def sums(self, table: Tensor, nan: Tensor, unit: float) -> Floats:
-        from alrp_triton.backends import triton_prefix, triton_sums
+        from alrp_triton.backends import triton_sums
 
-        out = torch.empty_like(self.rows)
-        triton_sums.sums_kernel[(1,)](
-            *self[:5], table, nan, triton_sums.work_of_sums(self.rows), out, len(self.rows), len(table), self.delta,
-            unit, HARD=self.delta == 0, **triton_prefix.launch(),
-        )  # fmt: skip
-        return out.cpu().numpy()
+        return triton_sums.sum_bins(*self[:5], table, nan, self.delta, unit).cpu().numpy()
 
     def lines(self, share: Tensor, first: Tensor | None) -> tuple[Floats, Floats]:
-        from alrp_triton.backends import triton_prefix, triton_sums
+        from alrp_triton.backends import triton_sums
         from alrp_triton.backends.triton_tiled import Own
 
-        lines, below = self.knots.new_empty(len(self.knots), 2), self.knots.new_empty(len(self.rows))
-        triton_sums.lines_kernel[(1,)](
-            *self[:5], share, lines, below, triton_sums.work_of_lines(self.rows), *Own(first=first),
-            len(self.rows), 0, self.delta, HARD=self.delta == 0, **triton_prefix.launch(),
-        )  # fmt: skip
+        lines, below = triton_sums.lines_of(*self[:5], share, Own(first=first), self.delta)
         return lines.double().cpu().numpy(), below.double().cpu().numpy()
 
 
@@ -204,17 +197,18 @@ def test_sums_over_bins(name: str, dtype: torch.dtype, signed: bool, device: str
     rng = np.random.default_rng(2)
     columns = sum(map(len, table.columns))
     scale = 2.0 ** (60 - columns.bit_length())
-    sums = np.zeros((3, 2, len(table.knots)), np.int64)
+    counts, moments = np.zeros((2, 3, len(table.knots)), np.int64)
     expected, larger = np.zeros((2, len(rows.scores)))
     for here, x, bins, position in zip(rows.segments(), table.columns, table.bins, table.positions, strict=True):
         weight = rng.uniform(-1, 1, len(x)) if signed else np.ones(len(x))
         copy = rng.integers(0, 3, len(x))
-        np.add.at(sums, (copy, 0, bins), np.trunc(weight * scale).astype(np.int64))
-        np.add.at(sums, (copy, 1, bins), np.trunc(weight * position * scale).astype(np.int64))
+        np.add.at(counts, (copy, bins), np.trunc(weight * scale).astype(np.int64))
+        np.add.at(moments, (copy, bins), np.trunc(weight * position * scale).astype(np.int64))
         h = step(x, rows.scores[here], rows.delta)
         expected[here] = h @ weight
         larger[here] = (h > 0).sum(1)
     nan = torch.zeros(len(rows.scores), dtype=torch.int64, device=device)
+    sums = np.stack([counts, moments], 1)
     out = launch.sums(torch.tensor(sums, device=device), nan, 1 / scale)
     # Of each column so much is rounded, of its own position as of the knots.
     bound = larger * (8 / scale + rounded(rows.scores, rows.delta, dtype))

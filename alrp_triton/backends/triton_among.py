@@ -253,7 +253,7 @@ def work_of(rows: Tensor) -> Tensor:
 def among_rows(rows: Tensor, row_groups: Tensor | None, values: Tensor, delta: float) -> Tensor:
     """Products ``(3, P)`` of the rows' own matrix H with 1 and with v, and v ranked, R v.
 
-    Each summand is rounded to 2**-60 P of 1 or of the largest |v|, or to float64.
+    Each summand is off by at most 2**-57 P of the largest |v|, or of 1; and as float64 is.
     """
     out = rows.new_empty(3, rows.numel())
     with torch.cuda.device_of(rows):

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from .columns import Columns
 from .knots import working_dtype
-from .triton_prefix import is_jump, launch
-from .triton_sums import lines_kernel, sums_kernel, work_of_lines, work_of_sums
+from .triton_prefix import is_jump
+from .triton_sums import lines_of, sum_bins
 from .triton_tiled import Own, blocks, counted, own_of
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; rows a program of tables.
-BLOCK = {torch.float32: 1024, torch.float64: 512}
+BLOCK = {torch.float32: 1024, torch.float64: 256}
 WARPS = 4
 TABLE_ROWS = 32
 CELLS = 8  # for each row
@@ -196,7 +196,7 @@ def tables_kernel(
 
 @triton.jit
 def _block(bounds_ptr, P, N, run, BLOCK: tl.constexpr):
-    """Of this program's block of columns: where it starts, where its run ends, and the rows [begin, stop) of its group."""
+    """Where this program's block of columns starts, where its run ends, and the rows [begin, stop) of its group."""
     program = tl.program_id(0).to(tl.int64)
     if bounds_ptr is None:
         start = program * BLOCK
@@ -215,7 +215,7 @@ def _block(bounds_ptr, P, N, run, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read(columns_ptr, marks_ptr, start, end, CLASSES: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """A block of columns, and how often they count. Where it is whole there is no mask: a thread reads 16 bytes at once."""
+    """A block of columns, and how often they count. A whole one has no mask, and a thread reads 16 bytes at once."""
     column = tl.arange(0, BLOCK)
     if start + BLOCK <= end:
         x = tl.load(columns_ptr + start + column).to(dtype)
@@ -371,11 +371,11 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
         # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
         largest = torch.linalg.vector_norm(columns.weights, math.inf).double().frexp().exponent
         marks = torch.ldexp(columns.weights.double(), -largest)
-    out, block = torch.empty_like(rows), BLOCK[working_dtype(columns.values)]
+    block = BLOCK[working_dtype(columns.values)]
     run, bounds, programs = _runs(columns, bounds, block)
     copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p)))
     sums = torch.zeros((4 * copies + 1) * p, dtype=torch.int64, device=rows.device)
-    table, nan = sums[: 4 * copies * p], sums[4 * copies * p :]
+    table, nan = sums[: 4 * copies * p].view(copies, 2, 2 * p), sums[4 * copies * p :]
     # A sum of n positions of at most 4 stays below 2**62.
     scale = 2.0 ** (60 - max(n - 1, 1).bit_length())
     with torch.cuda.device_of(rows):
@@ -383,10 +383,7 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
             columns.values, marks, knots, lut, bounds, table, nan, p, n, run, copies, delta, scale,
             CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
-        sums_kernel[(1,)](
-            rows, row_groups, knots, rise, done, table, nan, work_of_sums(rows), out, p, copies, delta, 1 / scale,
-            HARD=hard, **launch(),
-        )  # fmt: skip
+    out = sum_bins(rows, row_groups, knots, rise, done, table, nan, delta, 1 / scale)
     return out if largest is None else torch.ldexp(out, largest)
 
 
@@ -428,12 +425,8 @@ def _transpose(
     knots, rise, done, lut, bounds = tables
     out, block = torch.empty_like(columns.values), BLOCK[working_dtype(columns.values)]
     run, bounds, programs = _runs(columns, bounds, block)
-    lines, below = knots.new_empty(2 * p, 2), knots.new_empty(p)
+    lines, below = lines_of(rows, row_groups, knots, rise, done, weights, own, delta)
     with torch.cuda.device_of(rows):
-        lines_kernel[(1,)](
-            rows, row_groups, knots, rise, done, weights, lines, below, work_of_lines(rows), *own, p,
-            0 if own.pulls is None else own.pulls.numel(), delta, HARD=hard, **launch(),
-        )  # fmt: skip
         evaluate_kernel[(programs,)](
             columns.values, columns.marks, knots, lut, bounds, lines, below, out, p, n, run, delta,
             CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, HARD=hard, num_warps=WARPS,

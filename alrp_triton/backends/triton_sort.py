@@ -16,7 +16,7 @@ from ..formulas import MOST_GRADE
 from .triton_targets import Found
 from .triton_tiled import blocks
 
-TILE = {"ROWS": 8, "COLUMNS": 128}
+TILE = {"ROWS": 8, "COLUMNS": 64}
 WARPS = 4
 MOST = 4096  # numbers, 2e7 comparisons; for more torch sorts. Chosen from the desk: no GPU has timed it
 _MOST_GRADE: tl.constexpr = tl.constexpr(MOST_GRADE)
@@ -29,8 +29,8 @@ def order_kernel(
 ):  # fmt: skip
     """Program b: block b of the numbers to their places among the rows: by group, then score, NaN last; stable.
 
-    ``order`` tells where each was. With ``places`` that is not as they come, but in ascending order of the places, which
-    go to ``positives``; values are in that order (BY_PLACE), or as the numbers come.
+    ``order`` tells where each was: as they come, or with ``places`` in the ascending order of these, which go to
+    ``positives``. Values are in that order, too (BY_PLACE), or as the numbers come.
     """
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = index < P
@@ -82,7 +82,7 @@ def order_kernel(
             wrong = inside & ((value < 0) | (value > _MOST_GRADE))
             if tl.max(wrong.to(tl.int32), axis=0) > 0:
                 tl.store(status_ptr + 2, 0)
-    if status_ptr is not None:
+    if status_ptr is not None:  # noqa: SIM102 (known when compiling)
         if tl.program_id(0) == 0:
             tl.store(status_ptr + 3, (tl.load(status_ptr + 1) == 0).to(tl.int64))
             tl.store(status_ptr + 4, (tl.load(status_ptr) == P).to(tl.int64))

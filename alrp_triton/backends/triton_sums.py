@@ -24,6 +24,7 @@ from .triton_prefix import (
     is_finite,
     is_jump,
     largest_of,
+    launch,
     moment_about,
     moment_of,
     number_runs,
@@ -32,14 +33,14 @@ from .triton_prefix import (
     split_of,
     width_of,
 )
-from .triton_tiled import scale_own
+from .triton_tiled import Own, scale_own
 
 
 @triton.jit
 def _knot_at(knots_ptr, t, inside):
     """A knot, finite as triton_binned has it: one that is not counts for no row's slope."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
-    most: tl.constexpr = 1.7e308 if dtype == tl.float64 else 3.4e38
+    most = 1.7e308 if dtype == tl.float64 else 3.4e38
     knot = tl.load(knots_ptr + t, mask=inside, other=0.0).to(tl.float64)
     return tl.minimum(tl.maximum(knot, -most), most)
 
@@ -58,7 +59,7 @@ def _sum_bins(
     count_sum = tl.full([], 0, tl.int64)
     moment_sum = count_sum
     runs = count_sum
-    for place in tl.static_range(3):
+    for place in range(3):  # of prefix sums of nothing
         tl.store(work_ptr + place * stride, 0)
     for begin in range(0, 2 * P, BLOCK):
         t = begin + tl.arange(0, BLOCK)
@@ -138,7 +139,7 @@ def _sum_weights(
     moment_sum = weight_sum
     bad_sum = weight_sum
     runs = weight_sum
-    for place in tl.static_range(5):
+    for place in range(5):
         tl.store(work_ptr + place * stride, 0)
     for begin in range(0, P, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -236,11 +237,45 @@ def lines_kernel(
         )  # fmt: skip
 
 
-def work_of_sums(rows: Tensor) -> Tensor:
-    """Memory in which :func:`sums_kernel` hands from pass to pass."""
-    return torch.empty(5 * (2 * rows.numel() + 2), dtype=torch.int64, device=rows.device)
+def sum_bins(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    knots: Tensor,
+    rise: Tensor,
+    done: Tensor,
+    table: Tensor,
+    nan: Tensor,
+    delta: float,
+    unit: float,
+) -> Tensor:
+    """The sum of h over all columns for each row, float64 ``(P,)``, as :func:`sums_kernel` has it."""
+    p, out = rows.numel(), torch.empty_like(rows)
+    work = torch.empty(5 * (2 * p + 2), dtype=torch.int64, device=rows.device)
+    with torch.cuda.device_of(rows):
+        sums_kernel[(1,)](
+            rows, row_groups, knots, rise, done, table, nan, work, out, p, table.shape[0], delta, unit,
+            HARD=delta == 0, **launch(),
+        )  # fmt: skip
+    return out
 
 
-def work_of_lines(rows: Tensor) -> Tensor:
-    """Memory in which :func:`lines_kernel` hands from pass to pass."""
-    return torch.empty(7 * (rows.numel() + 2), dtype=torch.int64, device=rows.device)
+def lines_of(
+    rows: Tensor,
+    row_groups: Tensor | None,
+    knots: Tensor,
+    rise: Tensor,
+    done: Tensor,
+    share: Tensor,
+    own: Own,
+    delta: float,
+) -> tuple[Tensor, Tensor]:
+    """Lines ``(2P, 2)``, and what is below all knots of the group of each row ``(P,)``, of :func:`lines_kernel`."""
+    p = rows.numel()
+    lines, below = knots.new_empty(2 * p, 2), knots.new_empty(p)
+    work = torch.empty(7 * (p + 2), dtype=torch.int64, device=rows.device)
+    with torch.cuda.device_of(rows):
+        lines_kernel[(1,)](
+            rows, row_groups, knots, rise, done, share, lines, below, work, *own, p,
+            0 if own.pulls is None else own.pulls.numel(), delta, HARD=delta == 0, **launch(),
+        )  # fmt: skip
+    return lines, below

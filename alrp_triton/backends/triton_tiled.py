@@ -184,7 +184,7 @@ def _store(array_ptr, index, x, inside):
 def scale_own(
     own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK: tl.constexpr
 ):
-    """The positives' own gradients times what comes in, where it does: what pulls their logits, and that of the values."""
+    """Own gradients of the positives, times what comes in: pulls of their logits, and those of their values."""
     if own_ptr is not None:
         for begin in range(0, positives, BLOCK):
             index = begin + tl.arange(0, BLOCK)
@@ -241,8 +241,7 @@ def rmatvec_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < N - start
     x = tl.load(columns_ptr + start + column, mask=inside, other=float("-inf")).to(dtype)
-    live = counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0
-    top = tl.max(tl.where(live, x, float("-inf")), axis=0)
+    top = tl.max(x, axis=0)
     acc = tl.zeros([CHUNK, COLUMNS], dtype)
     scale = 0.0
     if not HARD:
@@ -259,6 +258,7 @@ def rmatvec_kernel(
                 else:
                     acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _DIRECT)
     g = tl.sum(acc, axis=0) + tl.load(weights_ptr + P)
+    live = counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0  # here, so that the loop has the registers
     g = tl.where(x != x, float("nan"), g)
     tl.store(out_ptr + start + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
