@@ -85,6 +85,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     block = {"BLOCK": triton_binned.BLOCK[working], "CELLS": triton_binned.CELLS}
     shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
     bytes_, one = {"CLASSES": 0}, {"bounds_ptr": None}  # marks of one byte; one group
+    lanes = {"LANES": triton_tiled.LANES}
     per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
     for step, hard in (("", False), (" hard", True)):
@@ -94,7 +95,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_tiled.matvec_kernel, forward[working] | flag, {}, triton_tiled.WARPS, "pair"
             ),
             f"tiled rmatvec{step}": Kernel(
-                triton_tiled.rmatvec_kernel, transpose | flag, shares, triton_tiled.WARPS, "pair"
+                triton_tiled.rmatvec_kernel, transpose | flag | lanes, shares, triton_tiled.WARPS, "pair"
             ),
             f"tiled prepare{step}": Kernel(
                 triton_tiled.prepare_kernel,
@@ -106,7 +107,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_binned.count_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
             ),
             f"binned evaluate{step}": Kernel(
-                triton_binned.evaluate_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
+                triton_binned.evaluate_kernel, block | flag | one | lanes, {}, triton_binned.WARPS, *per_column
             ),
         }
     for product in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate"):

@@ -27,7 +27,7 @@ from .columns import Columns
 from .knots import working_dtype
 from .triton_prefix import is_jump
 from .triton_sums import lines_of, sum_bins
-from .triton_tiled import Own, blocks, counted, own_of
+from .triton_tiled import FEW, LANES, Own, blocks, clear, counted, own_of
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; rows a program of tables.
 BLOCK = {torch.float32: 1024, torch.float64: 256}
@@ -298,17 +298,19 @@ def count_kernel(
 def evaluate_kernel(
     columns_ptr, marks_ptr, knots_ptr, lut_ptr, bounds_ptr, lines_ptr, below_ptr, out_ptr, P, N: tl.int64,
     run: tl.int64, delta: tl.float64, CLASSES: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
-    HARD: tl.constexpr,
+    LANES: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: out = value + slope * position for block b of the columns, 0 where a column does not count."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
     g = tl.zeros([BLOCK], dtype)
     if begin < stop:
-        x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
+        if CLASSES < FEW:
+            x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
+        else:  # what does not count is cleared afterwards
+            x, weight = _read(columns_ptr, None, start, end, 0, BLOCK, dtype)
         g += tl.load(below_ptr + begin)  # below all knots: 0, or NaN if a weight is
-        live = weight != 0
-        reached = live & (x >= tl.load(knots_ptr + 2 * begin))
+        reached = (weight != 0) & (x >= tl.load(knots_ptr + 2 * begin))
         if tl.max(reached.to(tl.int32), axis=0) > 0:
             bin = _find(x, reached, knots_ptr, lut_ptr, P, begin, stop, CELLS)
             rate = 0.0
@@ -318,13 +320,15 @@ def evaluate_kernel(
             value = tl.load(lines_ptr + 2 * bin, mask=reached, other=0.0)
             slope = tl.load(lines_ptr + 2 * bin + 1, mask=reached, other=0.0)
             g = tl.where(reached, tl.fma(slope, position, value), g)
-        g = tl.where(live, tl.where(x == x, g, float("nan")), 0.0)
+        g = tl.where(weight != 0, tl.where(x == x, g, float("nan")), 0.0)
     g = g.to(out_ptr.dtype.element_ty)
     column = tl.arange(0, BLOCK)
     if start + BLOCK <= end:  # as in _read
         tl.store(out_ptr + start + column, g)
     else:
         tl.store(out_ptr + start + column, g, mask=column < end - start)
+    if CLASSES >= FEW:
+        clear(out_ptr, marks_ptr, start, tl.minimum(start + BLOCK, end), CLASSES, BLOCK, LANES)
 
 
 def empty_tables(rows: Tensor, grouped: bool, columns: Columns) -> list[Tensor]:
@@ -429,6 +433,6 @@ def _transpose(
     with torch.cuda.device_of(rows):
         evaluate_kernel[(programs,)](
             columns.values, columns.marks, knots, lut, bounds, lines, below, out, p, n, run, delta,
-            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, HARD=hard, num_warps=WARPS,
+            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, LANES=LANES, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
     return out

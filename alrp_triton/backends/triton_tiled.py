@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import ALL, Columns
+from .columns import ALL, NONE, Columns
 from .knots import working_dtype
 
 # Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
@@ -40,10 +40,13 @@ TRANSPOSE_TILE = {
 }
 PREPARE_BLOCK = 1024
 WARPS = 4
+LANES = 128  # anchors looked at together: one a thread
 # The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
 # 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
 _SPLITS = 4096
+FEW: tl.constexpr = tl.constexpr(8)  # classes
 _TIGHT: tl.constexpr = tl.constexpr(2.0)
+_NONE: tl.constexpr = tl.constexpr(NONE)
 _ALL: tl.constexpr = tl.constexpr(ALL)
 
 # How a tile evaluates the step.
@@ -75,17 +78,38 @@ def counted(marks_ptr, start, column, inside, CLASSES: tl.constexpr, dtype: tl.c
         else:
             weight = inside.to(dtype)
     else:
+        OF_BYTES: tl.constexpr = marks_ptr.dtype.element_ty == tl.uint8
         if inside is None:
             mark = tl.load(marks_ptr + start + column)
         else:
-            mark = tl.load(marks_ptr + start + column, mask=inside, other=1)
-        if mark.dtype == tl.uint8:
+            mark = tl.load(marks_ptr + start + column, mask=inside, other=1 if OF_BYTES else 0)
+        if OF_BYTES:
             weight = (mark == 0).to(dtype)
         else:
             weight = mark.to(dtype)
-        if inside is not None:
-            weight = tl.where(inside, weight, 0.0)
     return weight
+
+
+@triton.jit
+def clear(out_ptr, marks_ptr, start, end, CLASSES: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """0 at those of the columns [start, end), at most BLOCK, that do not count by marks of anchors.
+
+    Once all are stored, the few anchors of a block say which these are: to know it of each column takes a division.
+    With few classes there are many anchors: from FEW on this is the way.
+    """
+    zero = tl.zeros([LANES], out_ptr.dtype.element_ty)
+    for begin in range(0, BLOCK // CLASSES + 2, LANES):
+        anchor = start // CLASSES + begin + tl.arange(0, LANES)
+        column = anchor * CLASSES
+        mark = tl.load(marks_ptr + anchor, mask=column < end, other=_NONE)
+        if tl.min((mark == _NONE).to(tl.int32), axis=0) == 0:
+            tl.debug_barrier()  # behind what other threads have stored
+            of_class = column + mark
+            tl.store(out_ptr + of_class, zero, mask=(mark >= 0) & (of_class >= start) & (of_class < end))
+            if tl.min(mark, axis=0) == _ALL:
+                for _ in range(CLASSES):
+                    tl.store(out_ptr + column, zero, mask=(mark == _ALL) & (column >= start) & (column < end))
+                    column += 1
 
 
 @triton.jit
@@ -233,7 +257,8 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["P", "N"])
 def rmatvec_kernel(
     rows_ptr, offsets_ptr, weights_ptr, columns_ptr, marks_ptr, out_ptr, P, N: tl.int64, delta: tl.float64,
-    CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    HARD: tl.constexpr,
 ):  # fmt: skip
     """Program b: block b of the columns, summed over all rows -> out[columns of b]. weights[P] is added to all."""
     dtype = rows_ptr.dtype.element_ty
@@ -258,9 +283,12 @@ def rmatvec_kernel(
                 else:
                     acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _DIRECT)
     g = tl.sum(acc, axis=0) + tl.load(weights_ptr + P)
-    live = counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0  # here, so that the loop has the registers
     g = tl.where(x != x, float("nan"), g)
-    tl.store(out_ptr + start + column, tl.where(live, g, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+    if CLASSES < FEW:
+        g = tl.where(counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0, g, 0.0)
+    tl.store(out_ptr + start + column, g.to(out_ptr.dtype.element_ty), mask=inside)
+    if CLASSES >= FEW:
+        clear(out_ptr, marks_ptr, start, tl.minimum(start + COLUMNS, N), CLASSES, COLUMNS, LANES)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -372,6 +400,6 @@ def _transpose(rows: Tensor, weights: Tensor, columns: Columns, delta: float, ow
         )  # fmt: skip
         rmatvec_kernel[(blocks(n, tile["COLUMNS"]),)](
             scores, offsets, shares, values, columns.marks, out, p, n, delta, CLASSES=columns.num_classes or 0,
-            HARD=hard, num_warps=WARPS, **tile,
+            LANES=LANES, HARD=hard, num_warps=WARPS, **tile,
         )  # fmt: skip
     return out
