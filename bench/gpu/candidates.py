@@ -33,6 +33,7 @@ from .clock import Clock
 
 _find, _position, CELLS = triton_binned._find, triton_binned._position, triton_binned.CELLS
 BLOCK, WARPS = 1024, 4
+REGISTERS = 128  # at most; without a bound some are spilled for the sake of more programs
 # Of a packed sum the lower bits are of positions in units of 2**-30, so that 2**16 of them, each at most 1, fit.
 PACKED_BITS: tl.constexpr = tl.constexpr(47)
 _PACKED_COLUMNS = (1 << 16) - BLOCK
@@ -167,7 +168,7 @@ def prepare(way: Way, rows: Tensor, columns: Tensor, delta: float) -> Callable[[
         sums.zero_()
         count_kernel[(programs,)](
             columns, knots, lut, sums, p, n, each, copies, 0.5 / delta, CELLS=CELLS, WAY=way.name,
-            BLOCK=BLOCK, DECLARE=declared, THREADS=32 * WARPS, num_warps=WARPS,
+            BLOCK=BLOCK, DECLARE=declared, THREADS=32 * WARPS, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
         if way.name == "packed":
             return torch.stack([(sums >> PACKED_BITS.value).sum(0), (sums & ((1 << PACKED_BITS.value) - 1)).sum(0)])
@@ -199,7 +200,8 @@ def compiled() -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for way in dict.fromkeys(way.name for way in WAYS):
         constants = {"CELLS": CELLS, "WAY": way, "BLOCK": BLOCK, "DECLARE": declare(2048), "THREADS": 32 * WARPS}
-        kernel = compile_for(Kernel(count_kernel, constants, {"each": "i32", "rate": "fp32"}, WARPS), "sm_90")
+        of = Kernel(count_kernel, constants, {"each": "i32", "rate": "fp32"}, WARPS, options=(("maxnreg", REGISTERS),))
+        kernel = compile_for(of, "sm_90")
         found[way] = resources(kernel) | count(basic_blocks(kernel), "ATOMS", "RED")
     return found
 
