@@ -244,27 +244,25 @@ def _find_by_triton(
     if count is None:
         count = int(read(count=0)[0].status[0])
     found, marks = read(count=count)
-    row_groups, sorting = None if groups is None else found.groups, _module("triton_sort")
+    groups, sorting = None if groups is None else found.groups, _module("triton_sort")
     graded = values is None and form[-1]
-    given = found.grades if graded else None if values is None else values.contiguous()
+    if values is not None:
+        values = values.contiguous()
     if count <= sorting.MOST:
-        *of_rows, positives = sorting.rank(found.scores, given, row_groups, found, graded, ious)
+        given = found.grades if graded else values
+        rows, wide, row_groups, order, positives = sorting.rank(found.scores, given, groups, found, graded, ious)
         in_range, *sound = found.status[2:].unbind()
     else:
         positives, by_place = found.places.sort(stable=True)
-        scores = found.scores.index_select(0, by_place)
-        if given is None:
-            given = torch.zeros_like(scores)
-        elif graded:
-            given = given.index_select(0, by_place)
-        if row_groups is not None:
-            row_groups = row_groups.index_select(0, by_place)
-        of_rows = ranked(scores, given.double(), row_groups, backend)
+        scores, grades = (of.index_select(0, by_place) for of in (found.scores, found.grades))  # without grades 0
+        groups = None if groups is None else groups.index_select(0, by_place)
+        rows, wide, row_groups, order = ranked(scores, grades if values is None else values.double(), groups, backend)
         in_range, sound = None, (found.status[1] == 0, found.status[0] == count)
     if ious and values is not None:
         check_ious(values, in_range)
     check_marks(targets, *form, count, source, found.status[0], sound)
-    return positives, targets.new_empty(0, dtype=torch.uint8) if marks is None else marks, *of_rows
+    marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
+    return positives, marks, rows, wide, row_groups, order
 
 
 def gather_positives(
@@ -311,7 +309,7 @@ def terms(
     eps: float,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p, kind = rows.numel(), family(backend, rows)
     if p == 0:
         first, second, rank = (rows.new_zeros(shape, dtype=dtype) for shape in ((), (), 0))

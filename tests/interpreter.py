@@ -38,7 +38,11 @@ def hasten() -> None:
 
     interpreter._patch_lang = prepare_once
     numpys, find = dict[str, Any](), interpreter._get_np_dtype
-    interpreter._get_np_dtype = lambda of: numpys.get(of.name) or numpys.setdefault(of.name, find(of))
+
+    def numpy_of(dtype: Any) -> Any:
+        return numpys.get(dtype.name) or numpys.setdefault(dtype.name, find(dtype))
+
+    interpreter._get_np_dtype = numpy_of
     _remember_shapes(language.core)
 
 

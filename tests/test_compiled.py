@@ -42,7 +42,9 @@ def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> 
         "alrp terms in groups", "ap terms in groups", "interpolated_ap terms in groups", "rank_sort terms", "targets dense", "targets graded", "targets classes",
     }  # fmt: skip
     if target == "sm_90":
-        assert {"sums of bins", "lines of bins hard", "alrp terms", "ap terms hard"} <= {record["kernel"] for record in mine}
+        assert {"sums of bins", "lines of bins hard", "alrp terms", "ap terms hard"} <= {
+            record["kernel"] for record in mine
+        }
     assert [record for record in mine if record["spills"]] == []
 
 

@@ -5,7 +5,7 @@ them afterwards (:mod:`.triton_sort`) makes the result independent of it. The ho
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from typing import NamedTuple
 
