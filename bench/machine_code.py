@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -177,8 +178,10 @@ def _by_unit(kernel: Kernel, blocks: list[Block], threads: int) -> dict[str, flo
 
 def read(name: str, target: str, columns: str, *, instructions: bool = True) -> dict[str, Any]:
     """What one compiled kernel is like, with or without its instructions."""
+    start = time.perf_counter()
     kernel, compiled = kernels(target, columns)[name], compile_kernel(name, target, columns)
     record: dict[str, Any] = {"kernel": name, "target": target, "columns": columns, **resources(compiled)}
+    record["seconds"] = round(time.perf_counter() - start, 2)  # next to none if Triton has it in its cache
     record["addresses"] = addresses(compiled)
     if kernel.unit and instructions:
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
