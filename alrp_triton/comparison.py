@@ -96,7 +96,7 @@ class ComparisonMatrix:
 
         Args:
             v: floats in the shape of ``columns``; None stands for ones, so that the result counts columns. Where v is
-                0 a column takes no part.
+                0 a column takes no part. ``triton_tiled`` rounds it to the dtype in which it computes.
 
         Returns:
             float64 ``(P,)``, in the order of ``rows``.

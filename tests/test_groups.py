@@ -174,6 +174,25 @@ def test_what_is_not_a_number_stays_in_its_group(device: str) -> None:
     assert torch.equal(broken.gradients[0][1:], sound.gradients[0][1:])
 
 
+@pytest.mark.parametrize("worst", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("image", [0, 1, 2])
+def test_a_group_without_a_finite_positive(image: int, worst: float, backend: Backend, device: str) -> None:
+    """It has no knots in order, and what its negatives find there must not fall into another group, or out of memory."""
+    if backend == "triton_tiled":
+        pytest.skip("it ranks one group")
+    logits = torch.tensor([[1.0, -2.5, -2.9, -2.8, -2.0]] * 3, device=device)
+    targets = torch.tensor([[1, 0, 0, 0, 0]] * 3, device=device)
+    found: list[Result] = []
+    for first in (1.0, worst):
+        logits[image, 0] = first
+        batch = Batch(logits.cpu().numpy(), targets.cpu().numpy(), np.full(3, 0.5, np.float32), np.arange(3))
+        found.append(run("alrp", batch, 1.0, device, backend))
+    sound, broken = (result.gradients[0] for result in found)
+    assert broken[image].isnan().all()
+    others = [other for other in range(3) if other != image]
+    assert torch.equal(broken[others], sound[others])
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
 def test_no_logits(shape: tuple[int, ...], device: str) -> None:
     logits = torch.zeros(shape, device=device, requires_grad=True)

@@ -163,6 +163,18 @@ def test_float64_near_its_end(backend: Backend, device: str) -> None:
         assert_near(matrix.rmatvec(torch.ones(2, device=device)), h.sum(0), 1e-12)
 
 
+def test_float32_near_its_end(backend: Backend, device: str) -> None:
+    most = torch.finfo(torch.float32).max
+    for end in (most, -most):
+        columns = torch.tensor([end, end * (1 - 2e-7), 0.0], device=device)
+        rows = torch.tensor([end, end / 2], device=device)
+        for delta in (1e33, 1e36, 1.0):
+            h = comparison_matrix(as_numpy(rows), as_numpy(columns), delta)
+            matrix = ComparisonMatrix(rows, columns, delta=delta, backend=backend)
+            assert_near(matrix.matvec(), h.sum(1), 1e-6)
+            assert_near(matrix.rmatvec(torch.ones(2, device=device)), h.sum(0), 1e-6)
+
+
 def test_delta_of_a_few_ulps(backend: Backend, device: str) -> None:
     rows = torch.tensor([1e16, 1e10], dtype=torch.float64, device=device)
     columns = torch.tensor([1e16 + 2, 1e10 + 4e-6, 1e10], dtype=torch.float64, device=device)

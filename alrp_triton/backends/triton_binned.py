@@ -242,7 +242,7 @@ def _find(x, inside, knots_ptr, lut_ptr, P, begin, stop, CELLS: tl.constexpr):
         low = tl.where(reached, middle + 1, low)
         high = tl.where(open & ~reached, middle, high)
         most = most // 2
-    return low - 1
+    return tl.maximum(low - 1, 2 * begin)  # rows that are not finite have no knots in order
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def count_kernel(
     start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
     if begin < stop:
         x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
-        live = (weight != 0) & ~(x < tl.load(knots_ptr + 2 * begin))
+        live = (weight != 0) & ((x >= tl.load(knots_ptr + 2 * begin)) | (x != x))
         if tl.max(live.to(tl.int32), axis=0) > 0:
             counts_ptr = table_ptr + tl.program_id(0) % copies * (4 * P)
             moments_ptr = counts_ptr + 2 * P

@@ -51,7 +51,7 @@ def among_grades_kernel(
     kept_error = tl.zeros([ROWS, COLUMNS], tl.float64)
     lower = tl.zeros([ROWS, COLUMNS], tl.float64)
     lower_error = tl.zeros([ROWS, COLUMNS], tl.float64)
-    scale = 0.0 if HARD else 0.5 / delta
+    scale = tl.full([], 0.0 if HARD else 0.5 / delta, tl.float64)
     for begin in range(0, P, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         x = tl.load(rows_ptr + column, mask=column < P, other=0.0)
@@ -80,7 +80,7 @@ def below_grades_kernel(
     x = tl.load(rows_ptr + tl.minimum(index, P - 1))
     grade = tl.load(grades_ptr + tl.minimum(index, P - 1))
     acc = tl.zeros([ROWS, COLUMNS], tl.float64)
-    scale = 0.0 if HARD else 0.5 / delta
+    scale = tl.full([], 0.0 if HARD else 0.5 / delta, tl.float64)
     for begin in range(0, P, COLUMNS):
         other = begin + tl.arange(0, COLUMNS)
         row = tl.load(rows_ptr + other, mask=other < P, other=0.0)

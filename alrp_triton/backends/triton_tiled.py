@@ -160,7 +160,7 @@ def matvec_kernel(
     last = tl.load(rows_ptr + tl.minimum(first + ROWS, P) - 1).to(dtype)
     index = first + tl.arange(0, ROWS)
     row = tl.load(rows_ptr + tl.minimum(index, P - 1)).to(dtype)  # past the end: the last one, and not stored
-    poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)).to(dtype) * 0.0  # rows ascend, NaN last
+    poison = (tl.load(rows_ptr) * 0.0 + tl.load(rows_ptr + P - 1) * 0.0).to(dtype)  # rows ascend, NaN last
     floor = anchor - tl.full([], delta, dtype)
 
     split = tl.program_id(1).to(tl.int64)
@@ -237,7 +237,7 @@ def prepare_kernel(
     """
     scale_own(own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK)
     dtype = scores_ptr.dtype.element_ty
-    poison = (tl.load(rows_ptr) + tl.load(rows_ptr + P - 1)) * 0.0 + tl.zeros([BLOCK], tl.float64)
+    poison = tl.load(rows_ptr) * 0.0 + tl.load(rows_ptr + P - 1) * 0.0 + tl.zeros([BLOCK], tl.float64)
     for begin in range(0, P, BLOCK):
         index = begin + tl.arange(0, BLOCK)
         inside = index < P
