@@ -345,10 +345,9 @@ def spread(
 ) -> tuple[Tensor, Tensor]:
     columns = columns_of(logits, marks, num_classes, groups)
     if first is not None and rows.numel() and logits.numel() and family(backend, rows) == "triton":
-        grad, pulls, grad_values = _products(rows, columns, backend).spread(
-            rows, row_groups, share, own, first, second, of_values, dtype, columns, delta, tables
-        )
-        return grad.index_copy_(0, positives, pulls), grad_values
+        scaled = _module("triton_tiled").own_of(own, first, second, of_values, dtype, logits)
+        grad = _products(rows, columns, backend).rmatvec(rows, row_groups, share, columns, delta, tables, scaled)
+        return grad.index_copy_(0, positives, scaled.pulls), scaled.grad_values
     grad_values = own.new_empty(0, dtype=dtype) if of_values is None else (own[2] * of_values).to(dtype)
     if first is None and second is None:
         return logits.new_empty(0), grad_values

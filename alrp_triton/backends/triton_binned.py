@@ -9,7 +9,8 @@ bisection between its knots, in one pass over the columns that reads them in pla
   columns below all knots add nothing; a block in a single bin, as when a detector is new and all logits are equal, adds
   its sum; the others add column by column, to one of several copies of the table.
 
-What is of size P, tables for the bins and sums for the rows, are small dense products in float64, free of cancellation.
+What is of size P: tables by bisection among the rows, here, for all groups together, so that a program needs to know no
+more than which rows are of the group of its columns; sums for the rows and lines of the bins in :mod:`.triton_sums`.
 Columns are compared in float32 (float64 if that is what they are), exactly, with knots rounded up to it.
 """
 
@@ -27,7 +28,7 @@ from .columns import Columns
 from .knots import working_dtype
 from .triton_prefix import is_jump
 from .triton_sums import lines_of, sum_bins
-from .triton_tiled import FEW, LANES, Own, blocks, clear, counted, own_of
+from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; rows a program of tables.
 BLOCK = {torch.float32: 1024, torch.float64: 256}
@@ -380,7 +381,7 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
     copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p)))
     sums = torch.zeros((4 * copies + 1) * p, dtype=torch.int64, device=rows.device)
     table, nan = sums[: 4 * copies * p].view(copies, 2, 2 * p), sums[4 * copies * p :]
-    # A sum of n positions of at most 4 stays below 2**62.
+    # With this unit, n columns at positions of at most 4 add up to less than 2**62.
     scale = 2.0 ** (60 - max(n - 1, 1).bit_length())
     with torch.cuda.device_of(rows):
         count_kernel[(programs,)](
@@ -392,47 +393,26 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
 
 
 def rmatvec(
-    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
-) -> Tensor:
-    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
-    return _transpose(rows, row_groups, weights, columns, delta, tables, Own())
-
-
-def spread(
-    rows: Tensor,
-    row_groups: Tensor | None,
-    share: Tensor,
-    own: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    of_values: Tensor | None,
-    dtype: torch.dtype,
-    columns: Columns,
-    delta: float,
-    tables: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient in the negatives, :func:`rmatvec` of ``share`` times ``first``; and both of :func:`.own_of`."""
-    of_positives, pulls, grad_values = own_of(own, first, second, of_values, dtype, columns)
-    return _transpose(rows, row_groups, share, columns, delta, tables, of_positives), pulls, grad_values
-
-
-def _transpose(
     rows: Tensor,
     row_groups: Tensor | None,
     weights: Tensor,
     columns: Columns,
     delta: float,
     tables: list[Tensor],
-    own: Own,
+    own: Own | None = None,
 ) -> Tensor:
-    p, n, hard = rows.numel(), columns.values.numel(), delta == 0
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count.
+
+    With ``own`` weights are times its ``first``, and :func:`.scale_own` is done beside.
+    """
+    p, n = rows.numel(), columns.values.numel()
     knots, rise, done, lut, bounds = tables
     out, block = torch.empty_like(columns.values), BLOCK[working_dtype(columns.values)]
     run, bounds, programs = _runs(columns, bounds, block)
-    lines, below = lines_of(rows, row_groups, knots, rise, done, weights, own, delta)
+    lines, below = lines_of(rows, row_groups, knots, rise, done, weights, own or Own(), delta)
     with torch.cuda.device_of(rows):
         evaluate_kernel[(programs,)](
             columns.values, columns.marks, knots, lut, bounds, lines, below, out, p, n, run, delta,
-            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, LANES=LANES, HARD=hard, num_warps=WARPS,
+            CLASSES=columns.num_classes or 0, CELLS=CELLS, BLOCK=block, LANES=LANES, HARD=delta == 0, num_warps=WARPS,
         )  # fmt: skip
     return out

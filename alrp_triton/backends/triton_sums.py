@@ -276,6 +276,6 @@ def lines_of(
     with torch.cuda.device_of(rows):
         lines_kernel[(1,)](
             rows, row_groups, knots, rise, done, share, lines, below, work, *own, p,
-            0 if own.pulls is None else own.pulls.numel(), delta, HARD=delta == 0, **launch(),
+            own.positives, delta, HARD=delta == 0, **launch(),
         )  # fmt: skip
     return lines, below

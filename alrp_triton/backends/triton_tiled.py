@@ -343,6 +343,11 @@ class Own(NamedTuple):
     pulls: Tensor | None = None
     grad_values: Tensor | None = None
 
+    @property
+    def positives(self) -> int:
+        """How many."""
+        return 0 if self.pulls is None else self.pulls.numel()
+
 
 def own_of(
     own: Tensor,
@@ -350,44 +355,28 @@ def own_of(
     second: Tensor | None,
     of_values: Tensor | None,
     dtype: torch.dtype,
-    columns: Columns,
-) -> tuple[Own, Tensor, Tensor]:
-    """That of the arguments of ``spread`` (:mod:`alrp_triton.operators`); pulls in the dtype of the columns; gradients
-    of values.
-    """
-    p, device = own.shape[1], own.device
-    pulls = torch.empty(p, dtype=columns.values.dtype, device=device)
-    grad_values = torch.empty(0 if of_values is None else p, dtype=dtype, device=device)
-    return Own(own, first, second, of_values, pulls, grad_values), pulls, grad_values
+    logits: Tensor,
+) -> Own:
+    """That of arguments of ``spread`` (:mod:`alrp_triton.operators`), with room for what becomes of them."""
+    p = own.shape[1]
+    grad_values = own.new_empty(0 if of_values is None else p, dtype=dtype)
+    return Own(own, first, second, of_values, logits.new_empty(p), grad_values)
 
 
 def rmatvec(
-    rows: Tensor, row_groups: Tensor | None, weights: Tensor, columns: Columns, delta: float, tables: list[Tensor]
-) -> Tensor:
-    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count."""
-    return _transpose(rows, weights, columns, delta, Own())
-
-
-def spread(
     rows: Tensor,
     row_groups: Tensor | None,
-    share: Tensor,
-    own: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    of_values: Tensor | None,
-    dtype: torch.dtype,
+    weights: Tensor,
     columns: Columns,
     delta: float,
     tables: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient in the negatives, :func:`rmatvec` of ``share`` times ``first``; and both of :func:`own_of`."""
-    of_positives, pulls, grad_values = own_of(own, first, second, of_values, dtype, columns)
-    return _transpose(rows, share, columns, delta, of_positives), pulls, grad_values
+    own: Own | None = None,
+) -> Tensor:
+    """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count.
 
-
-def _transpose(rows: Tensor, weights: Tensor, columns: Columns, delta: float, own: Own) -> Tensor:
-    values = columns.values
+    With ``own`` weights are times its ``first``, and :func:`scale_own` is done beside.
+    """
+    own, values = own or Own(), columns.values
     p, n, working, hard = rows.numel(), values.numel(), working_dtype(values), delta == 0
     tile = TRANSPOSE_TILE[working]
     scores, offsets, shares = parts((p + 1,) * 3, working, rows.device)
@@ -395,8 +384,8 @@ def _transpose(rows: Tensor, weights: Tensor, columns: Columns, delta: float, ow
     with torch.cuda.device_of(rows):
         # In the loop over rows every instruction counts, so what belongs to a row is made here, once.
         prepare_kernel[(1,)](
-            rows, weights, scores, offsets, shares, *own, p, 0 if own.pulls is None else own.pulls.numel(), delta,
-            ROWS=tile["ROWS"], BLOCK=PREPARE_BLOCK, HARD=hard, num_warps=WARPS,
+            rows, weights, scores, offsets, shares, *own, p, own.positives, delta, ROWS=tile["ROWS"],
+            BLOCK=PREPARE_BLOCK, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
         rmatvec_kernel[(blocks(n, tile["COLUMNS"]),)](
             scores, offsets, shares, values, columns.marks, out, p, n, delta, CLASSES=columns.num_classes or 0,
