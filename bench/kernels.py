@@ -77,7 +77,8 @@ class Kernel(NamedTuple):
 def kernels(target: str, columns: str) -> dict[str, Kernel]:
     """All kernels that depend on the dtype of the columns, by name; with fp32 those that do not, too.
 
-    What is of size P takes long to compile: without groups, and with delta = 0, for sm_90 alone.
+    To compile takes long: for sm_90 alone what is of size P without groups, or with delta = 0; and with delta = 0 all
+    that reads no float32 columns.
     """
     working = torch.float64 if columns == "fp64" else torch.float32
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
@@ -88,7 +89,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     lanes = {"LANES": triton_tiled.LANES}
     per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
-    for step, hard in (("", False), (" hard", True)):
+    for step, hard in [("", False)] + [(" hard", True)] * (columns == "fp32" or target == "sm_90"):
         flag = {"HARD": hard} | bytes_
         found |= {
             f"tiled matvec{step}": Kernel(

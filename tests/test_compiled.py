@@ -34,7 +34,7 @@ def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> 
     mine = [record for record in records if record["target"] == target]
     for columns in ("fp32", "fp64", "bf16", "fp16"):
         names = {record["kernel"] for record in mine if record["columns"] == columns}
-        for step in ("", " hard"):
+        for step in ("", " hard") if columns == "fp32" or target == "sm_90" else ("",):
             assert {f"{kernel}{step}" for kernel in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")} <= names  # fmt: skip
     assert {record["kernel"] for record in mine} >= {
         "tiled prepare", "tiled matvec of classes", "binned count of classes", "binned evaluate in groups", "binned tables", "order",

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from .columns import Columns
 from .knots import working_dtype
-from .triton_prefix import is_jump
+from .triton_prefix import is_finite, is_jump
 from .triton_sums import lines_of, sum_bins
 from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 
 # Columns a program, by the dtype of the arithmetic, as many as fit without spills; threads; rows a program of tables.
 BLOCK = {torch.float32: 1024, torch.float64: 256}
 WARPS = 4
-TABLE_ROWS = 32
+TABLE_ROWS = 16
 CELLS = 8  # for each row
 # Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
 _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
@@ -166,8 +166,12 @@ def tables_kernel(
 
     entry = tl.program_id(0) * (ROWS * CELLS) + tl.arange(0, ROWS * CELLS)
     begin, stop = _segment(groups_ptr, tl.minimum(entry // CELLS, P - 1), P)
-    first = _knot(_load_row(rows_ptr, begin, entry >= 0, dtype), delta, False, dtype)
-    last = _knot(_load_row(rows_ptr, stop - 1, entry >= 0, dtype), delta, True, dtype)
+    bottom = _load_row(rows_ptr, begin, entry >= 0, dtype)
+    top = _load_row(rows_ptr, stop - 1, entry >= 0, dtype)
+    first = _knot(bottom, delta, False, dtype)
+    last = _knot(top, delta, True, dtype)
+    # Rows ascend, NaN last. Where one is not finite knots are not in order, and all columns go to the first bin.
+    sound = is_finite(bottom) & is_finite(top)
     cells = CELLS * (stop - begin) - 1
     cell = entry - CELLS * begin
     # Of this cell and the next one, of lower knots and of upper ones.
@@ -184,8 +188,8 @@ def tables_kernel(
             next_high, next_high_stop, cell + 1, first, last, cells, rows_ptr, delta, True, dtype
         )
         width = width // 2
-    held = tl.where((cell < cells) & (entry < CELLS * P), next_low + next_high - low - high, 0)
-    tl.store(lut_ptr + entry, low + high, mask=entry < CELLS * P)
+    held = tl.where(sound & (cell < cells) & (entry < CELLS * P), next_low + next_high - low - high, 0)
+    tl.store(lut_ptr + entry, tl.where(sound, low + high, 2 * begin + 1), mask=entry < CELLS * P)
     tl.atomic_max(lut_ptr + CELLS * P, tl.max(held, axis=0), sem="relaxed")
 
     if bounds_ptr is not None:
@@ -243,7 +247,7 @@ def _find(x, inside, knots_ptr, lut_ptr, P, begin, stop, CELLS: tl.constexpr):
         low = tl.where(reached, middle + 1, low)
         high = tl.where(open & ~reached, middle, high)
         most = most // 2
-    return tl.maximum(low - 1, 2 * begin)  # rows that are not finite have no knots in order
+    return low - 1
 
 
 @triton.jit
@@ -270,7 +274,9 @@ def count_kernel(
     start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
     if begin < stop:
         x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
-        live = (weight != 0) & ((x >= tl.load(knots_ptr + 2 * begin)) | (x != x))
+        lowest = tl.load(knots_ptr + 2 * begin)
+        lowest = tl.where(lowest == lowest, lowest, float("inf"))  # of rows of which none is finite
+        live = (weight != 0) & ~(x < lowest)
         if tl.max(live.to(tl.int32), axis=0) > 0:
             counts_ptr = table_ptr + tl.program_id(0) % copies * (4 * P)
             moments_ptr = counts_ptr + 2 * P
