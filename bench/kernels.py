@@ -120,8 +120,11 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
     tables = {"CELLS": triton_binned.CELLS, "ROWS": triton_binned.TABLE_ROWS}
     alone = tables | {"groups_ptr": None, "run_groups_ptr": None, "bounds_ptr": None}
-    found["binned tables"] = Kernel(triton_binned.tables_kernel, alone, {}, triton_binned.WARPS)
-    found["binned tables in groups"] = Kernel(triton_binned.tables_kernel, tables, {}, triton_binned.WARPS)
+    bound = () if target.startswith("gfx") else (("maxnreg", triton_binned.MOST_REGISTERS),)
+    for form, constants in (("", alone), (" in groups", tables)):
+        found[f"binned tables{form}"] = Kernel(
+            triton_binned.tables_kernel, constants, {}, triton_binned.WARPS, options=bound
+        )
     # With groups what they add is in the code; without, it is not.
     one = {"groups_ptr": None}
     steps = [(" in groups", False, {})] + [("", False, one), (" hard", True, one)] * (target == "sm_90")

@@ -34,6 +34,9 @@ from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 BLOCK = {torch.float32: 1024, torch.float64: 256}
 WARPS = 4
 TABLE_ROWS = 16
+MOST_REGISTERS = (
+    255  # of tables on NVIDIA, which is no bound: without one ptxas spills some for the sake of more programs
+)
 CELLS = 8  # for each row
 # Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
 _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
@@ -362,6 +365,7 @@ def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, c
         tables_kernel[(max(blocks(p, TABLE_ROWS), blocks(runs, CELLS * TABLE_ROWS)),)](
             rows, row_groups, columns.groups, knots, rise, done, lut, bounds if runs else None, p, runs, delta,
             CELLS=CELLS, ROWS=TABLE_ROWS, num_warps=WARPS,
+            **({} if torch.version.hip else {"maxnreg": MOST_REGISTERS}),
         )  # fmt: skip
 
 
