@@ -171,7 +171,7 @@ def ranking_loss(
         settings: see there.
     """
     name, backend = settings.process_group, settings.backend
-    targets, flat, values = targets.detach(), logits.detach().reshape(-1).contiguous(), known.values
+    targets, flat, values = targets.detach().contiguous(), logits.detach().reshape(-1).contiguous(), known.values
     if groups is not None:  # a copy: it is kept for the backward pass, and the caller may write on
         groups = groups.reshape(-1).to(torch.int64, copy=True)
     find = operators.find if known.number is not None else operators.of_unknown_size(operators.find)
@@ -180,7 +180,7 @@ def ranking_loss(
         known.source, backend,
     )  # fmt: skip
     if form.num_classes is None and targets.dtype.itemsize == 1:
-        marks = targets.reshape(-1).contiguous().view(torch.uint8)
+        marks = targets.reshape(-1).view(torch.uint8)
     row_groups = None if groups is None else row_groups
     mine = own_order = None
     if name:

@@ -120,7 +120,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
     tables = {"CELLS": triton_binned.CELLS, "ROWS": triton_binned.TABLE_ROWS}
     alone = tables | {"groups_ptr": None, "run_groups_ptr": None, "bounds_ptr": None}
-    bound = () if target.startswith("gfx") else (("maxnreg", triton_binned.MOST_REGISTERS),)
+    bound = () if target.startswith("gfx") else tuple(triton_prefix.MOST_REGISTERS.items())
     for form, constants in (("", alone), (" in groups", tables)):
         found[f"binned tables{form}"] = Kernel(
             triton_binned.tables_kernel, constants, {}, triton_binned.WARPS, options=bound

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.dispatch import Backend
+from tests.conftest import or_skip
 from tests.inside import Inside, replace_kernels
 
 N, P, CLASSES = 8000, 20, 80
@@ -121,6 +122,21 @@ def test_footprint(kernels: Backend, groups: int | None, form: str, device: str)
     of_product = ["sum"] if kernels == "triton_tiled" else ["zero_", "zeros"]
     assert forward.operations == [*([] if groups is None else ["_to_copy"]), "zeros", *asserts, *of_product]
     assert backward.operations == ["index_copy_"]
+
+
+@pytest.mark.parametrize(("groups", "more"), [(None, 7), (5, 12)])
+def test_torch_sorts_many_positives(
+    groups: int | None, more: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In so many operations, and one launch less; on a GPU one more gives all NaN one sign."""
+    or_skip("triton")
+    from alrp_triton.backends import triton_sort
+
+    few, _ = record("triton_binned", "classes", device, groups=groups)
+    monkeypatch.setattr(triton_sort, "MOST", P - 1)
+    many, _ = record("triton_binned", "classes", device, groups=groups)
+    assert [name for name in few.launches if name != "order_kernel"] == many.launches
+    assert len(many.operations) - len(few.operations) == more + (device == "cuda")
 
 
 @pytest.mark.parametrize("kernels", ["torch", "numba"])

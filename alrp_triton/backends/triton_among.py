@@ -24,6 +24,7 @@ from .triton_prefix import (
     launch,
     moment_about,
     moment_of,
+    narrowed,
     number_runs,
     origin_of,
     scale_for,
@@ -122,13 +123,11 @@ def _window(rows_ptr, row, index, begin, stop, P, delta):
         middle = (first + of_first) // 2
         open = first < of_first
         near = tl.load(rows_ptr + middle, mask=open, other=0.0) - row > -delta
-        first = tl.where(open & ~near, middle + 1, first)
-        of_first = tl.where(open & near, middle, of_first)
+        first, of_first = narrowed(first, of_first, middle, open & ~near)
         middle = (last + of_last) // 2
         open = last < of_last
         near = tl.load(rows_ptr + middle, mask=open, other=0.0) - row < delta
-        last = tl.where(open & near, middle + 1, last)
-        of_last = tl.where(open & ~near, middle, of_last)
+        last, of_last = narrowed(last, of_last, middle, open & near)
         span = span // 2
     return first, last
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .columns import Columns
 from .knots import working_dtype
-from .triton_prefix import is_finite, is_jump
+from .triton_prefix import MOST_REGISTERS, is_finite, is_jump, load_row, narrowed
 from .triton_sums import lines_of, sum_bins
 from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 
@@ -34,9 +34,6 @@ from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 BLOCK = {torch.float32: 1024, torch.float64: 256}
 WARPS = 4
 TABLE_ROWS = 16
-MOST_REGISTERS = (
-    255  # of tables on NVIDIA, which is no bound: without one ptxas spills some for the sake of more programs
-)
 CELLS = 8  # for each row
 # Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
 _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
@@ -85,7 +82,7 @@ def _cell(x, low, high, M):
 
 
 @triton.jit
-def first_row(groups_ptr, group, P, AFTER: tl.constexpr):
+def _first_row(groups_ptr, group, P, AFTER: tl.constexpr):
     """The first row of a group, or of those after it; P if there is none."""
     low = tl.zeros(group.shape, tl.int32)
     high = low + P
@@ -94,11 +91,15 @@ def first_row(groups_ptr, group, P, AFTER: tl.constexpr):
         middle = (low + high) // 2
         open = low < high
         other = tl.load(groups_ptr + middle, mask=open, other=0)
-        before = open & ((other <= group) if AFTER else (other < group))
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(open & ~before, middle, high)
+        low, high = narrowed(low, high, middle, open & ((other <= group) if AFTER else (other < group)))
         width = width // 2
     return low
+
+
+@triton.jit
+def _rows_of(groups_ptr, group, P):
+    """The rows [begin, stop) of each group."""
+    return _first_row(groups_ptr, group, P, False), _first_row(groups_ptr, group, P, True)
 
 
 @triton.jit
@@ -108,16 +109,8 @@ def _segment(groups_ptr, index, P):
         begin = tl.zeros(index.shape, tl.int32)
         stop = begin + P
     else:
-        group = tl.load(groups_ptr + index)
-        begin = first_row(groups_ptr, group, P, False)
-        stop = first_row(groups_ptr, group, P, True)
+        begin, stop = _rows_of(groups_ptr, tl.load(groups_ptr + index), P)
     return begin, stop
-
-
-@triton.jit
-def _load_row(rows_ptr, index, inside, dtype: tl.constexpr):
-    """Rows in float64, of values that the dtype of the columns has."""
-    return tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)
 
 
 @triton.jit
@@ -125,9 +118,8 @@ def _halve(low, high, knot, rows_ptr, delta, UPPER: tl.constexpr, dtype: tl.cons
     """A step in search of the first row whose lower knot is above a knot, or (UPPER) whose upper is not below it."""
     middle = (low + high) // 2
     open = low < high
-    other = _knot(_load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
-    before = open & ((other < knot) if UPPER else (other <= knot))
-    return tl.where(before, middle + 1, low), tl.where(open & ~before, middle, high)
+    other = _knot(load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
+    return narrowed(low, high, middle, open & ((other < knot) if UPPER else (other <= knot)))
 
 
 @triton.jit
@@ -135,9 +127,8 @@ def _halve_cells(low, high, cell, first, last, M, rows_ptr, delta, UPPER: tl.con
     """A step in search of the first row whose lower, or (UPPER) upper, knot is not in a cell before one."""
     middle = (low + high) // 2
     open = low < high
-    knot = _knot(_load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
-    before = open & (_cell(knot, first, last, M) < cell)
-    return tl.where(before, middle + 1, low), tl.where(open & ~before, middle, high)
+    knot = _knot(load_row(rows_ptr, middle, open, dtype), delta, UPPER, dtype)
+    return narrowed(low, high, middle, open & (_cell(knot, first, last, M) < cell))
 
 
 @triton.jit(do_not_specialize=["P", "runs"])
@@ -150,7 +141,7 @@ def tables_kernel(
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = index < P
     begin, stop = _segment(groups_ptr, tl.minimum(index, P - 1), P)
-    row = _load_row(rows_ptr, index, inside, dtype)
+    row = load_row(rows_ptr, index, inside, dtype)
     lower = _knot(row, delta, False, dtype)
     upper = _knot(row, delta, True, dtype)
     # Among the knots of its group each comes after those of the rows before; of equal ones the lower are first.
@@ -169,8 +160,8 @@ def tables_kernel(
 
     entry = tl.program_id(0) * (ROWS * CELLS) + tl.arange(0, ROWS * CELLS)
     begin, stop = _segment(groups_ptr, tl.minimum(entry // CELLS, P - 1), P)
-    bottom = _load_row(rows_ptr, begin, entry >= 0, dtype)
-    top = _load_row(rows_ptr, stop - 1, entry >= 0, dtype)
+    bottom = load_row(rows_ptr, begin, None, dtype)
+    top = load_row(rows_ptr, stop - 1, None, dtype)
     first = _knot(bottom, delta, False, dtype)
     last = _knot(top, delta, True, dtype)
     # Rows ascend, NaN last. Where one is not finite knots are not in order, and all columns go to the first bin.
@@ -198,8 +189,9 @@ def tables_kernel(
     if bounds_ptr is not None:
         inside = entry < runs
         group = tl.load(run_groups_ptr + entry, mask=inside, other=0)
-        tl.store(bounds_ptr + 2 * entry, first_row(groups_ptr, group, P, False), mask=inside)
-        tl.store(bounds_ptr + 2 * entry + 1, first_row(groups_ptr, group, P, True), mask=inside)
+        begin, stop = _rows_of(groups_ptr, group, P)
+        tl.store(bounds_ptr + 2 * entry, begin, mask=inside)
+        tl.store(bounds_ptr + 2 * entry + 1, stop, mask=inside)
 
 
 @triton.jit
@@ -277,9 +269,7 @@ def count_kernel(
     start, end, begin, stop = _block(bounds_ptr, P, N, run, BLOCK)
     if begin < stop:
         x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
-        lowest = tl.load(knots_ptr + 2 * begin)
-        lowest = tl.where(lowest == lowest, lowest, float("inf"))  # of rows of which none is finite
-        live = (weight != 0) & ~(x < lowest)
+        live = (weight != 0) & ~(x < tl.load(knots_ptr + 2 * begin))
         if tl.max(live.to(tl.int32), axis=0) > 0:
             counts_ptr = table_ptr + tl.program_id(0) % copies * (4 * P)
             moments_ptr = counts_ptr + 2 * P
@@ -365,7 +355,7 @@ def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, c
         tables_kernel[(max(blocks(p, TABLE_ROWS), blocks(runs, CELLS * TABLE_ROWS)),)](
             rows, row_groups, columns.groups, knots, rise, done, lut, bounds if runs else None, p, runs, delta,
             CELLS=CELLS, ROWS=TABLE_ROWS, num_warps=WARPS,
-            **({} if torch.version.hip else {"maxnreg": MOST_REGISTERS}),
+            **({} if torch.version.hip else MOST_REGISTERS),
         )  # fmt: skip
 
 

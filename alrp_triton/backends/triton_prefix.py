@@ -26,7 +26,8 @@ import triton.language as tl
 
 # How the kernels are launched: as many numbers a block as fit without spills. Without a bound on the registers ptxas
 # saves some of the 255 that there are, at the price of spills, to run more programs than there are.
-LAUNCH = {"BLOCK": 1024, "num_warps": 8, "maxnreg": 255}
+MOST_REGISTERS = {"maxnreg": 255}
+LAUNCH = {"BLOCK": 1024, "num_warps": 8, **MOST_REGISTERS}
 LAUNCH_AMD = {"BLOCK": 256, "num_warps": 4}
 
 
@@ -52,6 +53,22 @@ def scale_for(largest, P, BITS: tl.constexpr):
     exponent = BITS - of_count - tl.maximum(of_largest, -900)
     scale = ((1023 + exponent) << 52).to(tl.float64, bitcast=True)
     return scale, ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_row(rows_ptr, index, inside, dtype: tl.constexpr):
+    """Rows in float64, of values that the dtype of the columns has; ``inside`` None: all indices are in range."""
+    if inside is None:
+        row = tl.load(rows_ptr + index)
+    else:
+        row = tl.load(rows_ptr + index, mask=inside, other=0.0)
+    return row.to(dtype).to(tl.float64)
+
+
+@triton.jit
+def narrowed(low, high, middle, before):
+    """The range of a bisection once it is known which of its middles, in an open range, are before what it seeks."""
+    return tl.where(before, middle + 1, low), tl.where((low < high) & ~before, middle, high)
 
 
 @triton.jit

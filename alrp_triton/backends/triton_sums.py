@@ -25,6 +25,7 @@ from .triton_prefix import (
     is_jump,
     largest_of,
     launch,
+    load_row,
     moment_about,
     moment_of,
     number_runs,
@@ -46,15 +47,10 @@ def _knot_at(knots_ptr, t, inside):
 
 
 @triton.jit
-def _row_at(rows_ptr, index, dtype: tl.constexpr):
-    return tl.load(rows_ptr + index).to(dtype).to(tl.float64)
-
-
-@triton.jit
 def _sum_bins(
     groups_ptr, knots_ptr, table_ptr, work_ptr, P, copies, rate, width, BLOCK: tl.constexpr, HARD: tl.constexpr
 ):
-    """Prefix sums over the bins, of counts and of moments about the origins, and their runs, at _COUNTS … of work."""
+    """Prefix sums over the bins, of counts and of moments about the origins, and their runs: rows 0 … 4 of work."""
     stride = 2 * P + 2
     count_sum = tl.full([], 0, tl.int64)
     moment_sum = count_sum
@@ -108,7 +104,7 @@ def sums_kernel(
         index = block + tl.arange(0, BLOCK)
         inside = index < P
         index = tl.minimum(index, P - 1)
-        row = _row_at(rows_ptr, index, dtype)
+        row = load_row(rows_ptr, index, None, dtype)
         rise = tl.minimum(tl.maximum(tl.load(rise_ptr + index), 0), 2 * P - 1)  # whatever NaN made of them
         done = tl.minimum(tl.maximum(tl.load(done_ptr + index), 1), 2 * P)
         begin, stop = bounds_of(groups_ptr, work_ptr, 2 * stride, 4 * stride, 2 * index, 2 * P)
@@ -122,7 +118,10 @@ def sums_kernel(
             high = origin_of(_knot_at(knots_ptr, done - 1, inside), width)
             sloped = moment_about(row - delta, rise, split, done, low, high, rate, work_ptr, 0, stride)
             total += tl.where(is_jump(row, delta, dtype), 0.5 * window.to(tl.float64), sloped.to(tl.float64))
-        bad = ~(is_finite(_row_at(rows_ptr, begin // 2, dtype)) & is_finite(_row_at(rows_ptr, stop // 2 - 1, dtype)))
+        bad = ~(
+            is_finite(load_row(rows_ptr, begin // 2, None, dtype))
+            & is_finite(load_row(rows_ptr, stop // 2 - 1, None, dtype))
+        )
         bad = bad | (tl.load(nan_ptr + begin // 2) != 0)
         tl.store(out_ptr + index, tl.where(bad, float("nan"), total * unit), mask=inside)
 
@@ -132,7 +131,10 @@ def _sum_weights(
     rows_ptr, groups_ptr, weights_ptr, work_ptr, P, factor, scale, delta, rate, width,
     dtype: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Prefix sums over the rows of weights, of those with a slope, of their moments, of what is not finite; runs."""
+    """Prefix sums over the rows of weights, of those with a slope, of their moments, of what is not finite; runs.
+
+    They are rows 0 … 6 of work.
+    """
     stride = P + 2
     weight_sum = tl.full([], 0, tl.int64)
     slope_sum = weight_sum
@@ -145,7 +147,7 @@ def _sum_weights(
         index = begin + tl.arange(0, BLOCK)
         inside = index < P
         weight = tl.load(weights_ptr + index, mask=inside, other=0.0) * factor
-        row = tl.load(rows_ptr + index, mask=inside, other=0.0).to(dtype).to(tl.float64)
+        row = load_row(rows_ptr, index, inside, dtype)
         bad = ~(is_finite(row) & is_finite(weight))
         bad_sum = add_up(bad.to(tl.int64), bad_sum, work_ptr, 3 * stride, index, inside)
         weight = fixed(weight, scale)
@@ -153,7 +155,7 @@ def _sum_weights(
         begins = begins_group(groups_ptr, index, inside)
         cell_begins = begins
         if not HARD:
-            before = tl.load(rows_ptr + index - 1, mask=inside & (index > 0), other=0.0).to(dtype).to(tl.float64)
+            before = load_row(rows_ptr, index - 1, inside & (index > 0), dtype)
             origin = origin_of(row - delta, width)
             cell_begins = begins | (origin != origin_of(before - delta, width))
             weight = tl.where(is_jump(row, delta, dtype), 0, weight)
@@ -177,8 +179,8 @@ def _write_line(
         slope = value * 0.0
     else:
         split = split_of(first, last, work_ptr, 4 * stride, 5 * stride)
-        low = origin_of(_row_at(rows_ptr, tl.minimum(first, P - 1), dtype) - delta, width)
-        high = origin_of(_row_at(rows_ptr, tl.maximum(last - 1, 0), dtype) - delta, width)
+        low = origin_of(load_row(rows_ptr, tl.minimum(first, P - 1), None, dtype) - delta, width)
+        high = origin_of(load_row(rows_ptr, tl.maximum(last - 1, 0), None, dtype) - delta, width)
         knot = _knot_at(knots_ptr, t, inside)
         about = moment_about(knot, first, split, last, low, high, rate, work_ptr, stride, 2 * stride)
         sloped = difference(work_ptr, stride, first, last)
