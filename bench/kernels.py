@@ -17,8 +17,10 @@ from alrp_triton.backends import (
     triton_graded,
     triton_positives,
     triton_prefix,
+    triton_shared,
     triton_sort,
     triton_sums,
+    triton_tables,
     triton_targets,
     triton_tiled,
 )
@@ -36,8 +38,9 @@ COLUMN_DTYPES = ("fp32", "fp64", "bf16", "fp16")
 # Triton types of all arguments; {C} is the dtype of the columns, {W} that of the arithmetic.
 _TYPES = {
     "P": "i32", "N": "i64", "span": "i64", "run": "i64", "runs": "i32", "copies": "i32", "count": "i32",
-    "anchors": "i64", "positives": "i32",
+    "anchors": "i64", "positives": "i32", "each": "i32",
     "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
+    "rate": "fp64",
     "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "marks_ptr": "*u8",
     "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "below_ptr": "*{W}", "lut_ptr": "*i32", "rise_ptr": "*i32",
@@ -74,6 +77,15 @@ class Kernel(NamedTuple):
         return self.constants.get("CHUNK", self.constants["ROWS"]) * self.constants["COLUMNS"]
 
 
+def _of_rows(
+    function: Any, constants: dict[str, Any], launch: dict[str, int], types: dict[str, str] | None = None
+) -> Kernel:
+    """One of size P, with its arguments of a launch."""
+    options = dict(launch)
+    constants, warps = {"BLOCK": options.pop("BLOCK")} | constants, options.pop("num_warps")
+    return Kernel(function, constants, types or {}, warps, options=tuple(options.items()))
+
+
 def kernels(target: str, columns: str) -> dict[str, Kernel]:
     """All kernels that depend on the dtype of the columns, by name; with fp32 those that do not, too.
 
@@ -83,7 +95,12 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     working = torch.float64 if columns == "fp64" else torch.float32
     forward = triton_tiled.FORWARD_TILE_AMD if target.startswith("gfx") else triton_tiled.FORWARD_TILE
     transpose = triton_tiled.TRANSPOSE_TILE[working]
-    block = {"BLOCK": triton_binned.BLOCK[working], "CELLS": triton_binned.CELLS}
+    block = {"BLOCK": triton_binned.BLOCK[working], "CELLS": triton_tables.CELLS}
+    # On NVIDIA unweighted columns that are no float64 are counted in shared memory.
+    shared = working == torch.float32 and not target.startswith("gfx")
+    counting = {"SHARED": shared, "THREADS": triton_shared.THREADS if shared else 0}
+    counting |= {"BLOCK": triton_shared.BLOCK} if shared else {}
+    count_warps = triton_shared.WARPS if shared else triton_binned.WARPS
     shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
     bytes_, one = {"CLASSES": 0}, {"bounds_ptr": None}  # marks of one byte; one group
     lanes = {"LANES": triton_tiled.LANES}
@@ -105,12 +122,25 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_tiled.WARPS,
             ),
             f"binned count{step}": Kernel(
-                triton_binned.count_kernel, block | flag | one, {}, triton_binned.WARPS, *per_column
+                triton_binned.count_kernel,
+                block | flag | one | counting,
+                {},
+                count_warps,
+                "column",
+                counting.get("BLOCK", block["BLOCK"]),
+                (("maxnreg", triton_shared.SETTINGS["maxnreg"]),) if shared else (),
             ),
             f"binned evaluate{step}": Kernel(
                 triton_binned.evaluate_kernel, block | flag | one | lanes, {}, triton_binned.WARPS, *per_column
             ),
         }
+    if shared and columns == "fp32":
+        elsewhere = {"SHARED": False, "THREADS": 0} | block
+        found["binned count elsewhere"] = (
+            found["binned count"]
+            .of(elsewhere, {})
+            ._replace(warps=triton_binned.WARPS, units=block["BLOCK"], options=())
+        )
     for product in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate"):
         found[f"{product} of classes"] = found[product].of({"CLASSES": 80}, {"marks_ptr": "*i32"})
         if product.startswith("binned") and columns == "fp32":
@@ -118,40 +148,38 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     if columns in ("bf16", "fp16"):  # what does not touch the columns is that of fp32
         reads_columns = ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")
         return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
-    tables = {"CELLS": triton_binned.CELLS, "ROWS": triton_binned.TABLE_ROWS}
+    tables = {"CELLS": triton_tables.CELLS, "ROWS": triton_tables.ROWS}
     alone = tables | {"groups_ptr": None, "run_groups_ptr": None, "bounds_ptr": None}
     bound = () if target.startswith("gfx") else tuple(triton_prefix.MOST_REGISTERS.items())
     for form, constants in (("", alone), (" in groups", tables)):
         found[f"binned tables{form}"] = Kernel(
-            triton_binned.tables_kernel, constants, {}, triton_binned.WARPS, options=bound
+            triton_tables.tables_kernel, constants, {}, triton_tables.WARPS, options=bound
         )
     # With groups what they add is in the code; without, it is not.
     one = {"groups_ptr": None}
-    steps = [(" in groups", False, {})] + [("", False, one), (" hard", True, one)] * (target == "sm_90")
-    config = dict(triton_prefix.LAUNCH_AMD if target.startswith("gfx") else triton_prefix.LAUNCH)
-    in_blocks, warps = {"BLOCK": config.pop("BLOCK")}, config.pop("num_warps")
-    options = tuple(config.items())
-    for step, hard, groups in steps:
-        flags = in_blocks | groups | {"HARD": hard}
+    many = triton_prefix.AMD if target.startswith("gfx") else triton_prefix.MANY
+    steps = [(" in groups", {"HARD": False}, many)]
+    if target == "sm_90":
+        soft, hard = one | {"HARD": False}, one | {"HARD": True}
+        steps += [("", soft, many), (" hard", hard, many), (" of few", soft, triton_prefix.FEW)]
+    for step, flags, launch in steps:
         found |= {
-            f"sums of bins{step}": Kernel(triton_sums.sums_kernel, flags, {"out_ptr": "*fp64"}, warps, options=options),
-            f"lines of bins{step}": Kernel(triton_sums.lines_kernel, flags, {}, warps, options=options),
+            f"sums of bins{step}": _of_rows(triton_sums.sums_kernel, flags, launch, {"out_ptr": "*fp64"}),
+            f"lines of bins{step}": _of_rows(triton_sums.lines_kernel, flags, launch),
         }
     if columns == "fp32":
         rows, out = triton_positives, {"out_ptr": "*fp64"}
         dense = {"SIGNED": True, "GRADED": False, "BLOCK": triton_targets.BLOCK}
-        for step, hard, groups in steps:
-            flags, graded = in_blocks | groups | {"HARD": hard}, triton_graded.TILE | groups | {"HARD": hard}
+        for step, flags, launch in steps:
+            graded = triton_graded.TILE | flags
             found |= {
-                f"among rows{step}": Kernel(triton_among.among_rows_kernel, flags, out, warps, options=options),
-                f"below rows{step}": Kernel(triton_among.below_rows_kernel, flags, out, warps, options=options),
+                f"among rows{step}": _of_rows(triton_among.among_rows_kernel, flags, launch, out),
+                f"below rows{step}": _of_rows(triton_among.below_rows_kernel, flags, launch, out),
                 f"among grades{step}": Kernel(triton_graded.among_grades_kernel, graded, out, triton_graded.WARPS),
                 f"below grades{step}": Kernel(triton_graded.below_grades_kernel, graded, out, triton_graded.WARPS),
             }
             for loss, number in rows.LOSSES.items():
-                found[f"{loss} terms{step}"] = Kernel(
-                    rows.terms_kernel, flags | {"LOSS": number}, {}, warps, options=options
-                )
+                found[f"{loss} terms{step}"] = _of_rows(rows.terms_kernel, flags | {"LOSS": number}, launch)
         found["rank_sort terms"] = Kernel(
             rows.rank_sort_kernel, {"BLOCK": rows.RANK_SORT_BLOCK}, {}, rows.RANK_SORT_WARPS
         )

@@ -233,7 +233,9 @@ def test_lines_of_bins(name: str, dtype: torch.dtype, device: str) -> None:
         h = step(x, rows.scores[here], rows.delta)
         # Rounded to the dtype are value and slope, of which the greatest ones cancel.
         share = w[here]
-        near = x - rows.scores[here][:, None] >= -rows.delta * (1 + 1e-6)  # at the lower knot, too
+        # At the lower knot, too, which may have been rounded down.
+        distance, last_place = x - rows.scores[here][:, None], np.spacing(abs(rows.scores[here]))[:, None]
+        near = distance >= -rows.delta * (1 + 1e-6) - last_place
         bound = 4 * info.eps * (share @ near) + 2.0**-57 * len(w) * w.max() * near.sum(0)
         bound += share * rounded(rows.scores[here], rows.delta, dtype) @ near
         off = abs(g - share @ h)

@@ -17,7 +17,6 @@ from .triton_prefix import (
     begins_group,
     bounds_of,
     difference,
-    end_runs,
     fixed,
     is_finite,
     largest_of,
@@ -65,16 +64,6 @@ def sum_rows(
     if not HARD:
         rate = 0.5 / delta
         width = width_of(delta, 2)
-    position_sum = tl.full([], 0, tl.int64)
-    value_sum = position_sum
-    moment_sum = position_sum
-    cells = position_sum
-    ties = position_sum
-    tl.store(work_ptr + _CELLS * stride, 0)
-    tl.store(work_ptr + _POSITIONS * stride, 0)
-    tl.store(work_ptr + _TIES * stride, 0)
-    tl.store(work_ptr + _VALUES * stride, 0)
-    tl.store(work_ptr + _MOMENTS * stride, 0)
     for block in range(0, P, BLOCK):
         index = block + tl.arange(0, BLOCK)
         inside = index < P
@@ -87,10 +76,10 @@ def sum_rows(
             origin = origin_of(row, width)
             cell_begins = begins | (origin != origin_of(before, width))
             position = fixed((row - origin) * rate, of_position)
-            position_sum = add_up(position, position_sum, work_ptr, _POSITIONS * stride, index, inside)
-        cells = number_runs(
-            cell_begins, begins, cells, work_ptr, _CELLS * stride, _CELL_BEGINS * stride, _GROUP_BEGINS * stride, index,
-            inside,
+            add_up(position, work_ptr, _POSITIONS * stride, block, index, inside)
+        number_runs(
+            cell_begins, begins if groups_ptr is not None else None, P, work_ptr, _CELLS * stride,
+            _CELL_BEGINS * stride, _GROUP_BEGINS * stride, block, index, inside,
         )  # fmt: skip
         if VALUES or HARD:
             bad = begins & (index < 0)
@@ -98,16 +87,14 @@ def sum_rows(
                 value = tl.load(values_ptr + index, mask=inside, other=0.0)
                 bad = ~is_finite(value)
                 value = fixed(value, scale)
-                value_sum = add_up(value, value_sum, work_ptr, _VALUES * stride, index, inside)
+                add_up(value, work_ptr, _VALUES * stride, block, index, inside)
                 if not HARD:
-                    moment = tl.where(is_finite(row), moment_of(value, row, origin, rate), 0)
-                    moment_sum = add_up(moment, moment_sum, work_ptr, _MOMENTS * stride, index, inside)
-            ties = number_runs(
-                begins | (row != before), bad, ties, work_ptr, _TIES * stride, _TIE_BEGINS * stride, None, index,
+                    moment = tl.where(is_finite(row), moment_of(value, row - origin, rate), 0)
+                    add_up(moment, work_ptr, _MOMENTS * stride, block, index, inside)
+            number_runs(
+                begins | (row != before), bad, P, work_ptr, _TIES * stride, _TIE_BEGINS * stride, None, block, index,
                 inside,
             )  # fmt: skip
-    end_runs(cells, P, work_ptr, _CELL_BEGINS * stride, _GROUP_BEGINS * stride)
-    end_runs(ties, P, work_ptr, _TIE_BEGINS * stride, None)
     return unit
 
 
@@ -175,7 +162,7 @@ def compare(
         count += positions.to(tl.float64) * unit_of_position
         if VALUES:
             own = difference(work_ptr, of_values, index, index + 1)
-            moment = moment_about(row, first, split, last, low, high, rate, work_ptr, of_values, _MOMENTS * stride)
+            moment = moment_about(row, 0.0, first, split, last, low, high, rate, work_ptr, of_values, _MOMENTS * stride)
             soft = (difference(work_ptr, of_values, last, stop) + moment).to(tl.float64)
             soft = (soft + 0.5 * (difference(work_ptr, of_values, first, last) - own).to(tl.float64)) * unit
             first, last = _tie(work_ptr, index, P)
@@ -257,7 +244,7 @@ def among_rows(rows: Tensor, row_groups: Tensor | None, values: Tensor, delta: f
     out = rows.new_empty(3, rows.numel())
     with torch.cuda.device_of(rows):
         among_rows_kernel[(1,)](
-            rows, row_groups, values, work_of(rows), out, rows.numel(), delta, HARD=delta == 0, **launch()
+            rows, row_groups, values, work_of(rows), out, rows.numel(), delta, HARD=delta == 0, **launch(rows.numel())
         )
     return out
 
@@ -267,6 +254,6 @@ def below_rows(rows: Tensor, row_groups: Tensor | None, weights: Tensor, delta: 
     out = torch.empty_like(rows)
     with torch.cuda.device_of(rows):
         below_rows_kernel[(1,)](
-            rows, row_groups, weights, work_of(rows), out, rows.numel(), HARD=delta == 0, **launch()
+            rows, row_groups, weights, work_of(rows), out, rows.numel(), HARD=delta == 0, **launch(rows.numel())
         )
     return out

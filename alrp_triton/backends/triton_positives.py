@@ -65,15 +65,10 @@ def terms_kernel(
     VALUES: tl.constexpr = LOSS == _ALRP
     first_sum = tl.zeros([BLOCK], tl.float64)
     second_sum = tl.zeros([BLOCK], tl.float64)
-    weight_sum = tl.full([], 0, tl.int64)
-    bad_sum = weight_sum
     stride = P + 2
-    count = P.to(tl.float64)
+    share_of_each = 1 / P.to(tl.float64)
     least = tl.full([], float("inf"), tl.float64)
     unit = sum_rows(rows_ptr, groups_ptr, values_ptr, work_ptr, P, delta, VALUES, BLOCK, HARD)
-    if VALUES:
-        tl.store(work_ptr + WEIGHTS * stride, 0)
-        tl.store(work_ptr + BAD_WEIGHTS * stride, 0)
     tl.debug_barrier()
     for begin in range(0, P, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -89,10 +84,10 @@ def terms_kernel(
                 negatives, above, box_above, ranked, box_error, at_zero, eps, _where
             )
             weight = 1 / rank
-            bad = (~is_finite(weight)).to(tl.int64)
-            bad_sum = add_up(bad, bad_sum, work_ptr, BAD_WEIGHTS * stride, index, inside)
+            bad = (~is_finite(weight)).to(tl.int32)
+            add_up(bad, work_ptr, BAD_WEIGHTS * stride, begin, index, inside)
             weight = fixed(weight, scale_for(tl.full([], 1.0, tl.float64), P, 61)[0])  # 1 / rank is at most 1
-            weight_sum = add_up(weight, weight_sum, work_ptr, WEIGHTS * stride, index, inside)
+            add_up(weight, work_ptr, WEIGHTS * stride, begin, index, inside)
         else:
             first = _precision_error(negatives, above, at_zero)
             rank = above + (1 - at_zero) + negatives
@@ -110,16 +105,16 @@ def terms_kernel(
         second_sum += tl.where(inside, second, 0.0)
         where = tl.load(order_ptr + index, mask=inside, other=0)
         tl.store(rank_ptr + where, rank.to(dtype), mask=inside)
-        tl.store(own_ptr + where, -pull / count, mask=inside)
+        tl.store(own_ptr + where, -pull * share_of_each, mask=inside)
         tl.store(own_ptr + (P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
         if not VALUES:
             tl.store(own_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
-        tl.store(share_ptr + index, share / count, mask=inside)
-    tl.store(first_ptr, (tl.sum(first_sum, axis=0) / count).to(dtype))
-    tl.store(second_ptr, (tl.sum(second_sum, axis=0) / count).to(dtype))
+        tl.store(share_ptr + index, share * share_of_each, mask=inside)
+    tl.store(first_ptr, (tl.sum(first_sum, axis=0) * share_of_each).to(dtype))
+    tl.store(second_ptr, (tl.sum(second_sum, axis=0) * share_of_each).to(dtype))
     if VALUES:
         tl.debug_barrier()
-        unit = scale_for(tl.full([], 1.0, tl.float64), P, 61)[1] / count
+        unit = scale_for(tl.full([], 1.0, tl.float64), P, 61)[1] * share_of_each
         write_below(
             rows_ptr, groups_ptr, order_ptr, own_ptr + 2 * P, work_ptr, P, unit, WEIGHTS, BAD_WEIGHTS, 0, BLOCK, HARD
         )
@@ -181,7 +176,7 @@ def terms(
         with torch.cuda.device_of(rows):
             terms_kernel[(1,)](
                 rows, row_groups, values, order, false_positives, first, second, rank, own, share,
-                work_of(rows), p, delta, at_zero, eps, LOSS=LOSSES[loss], HARD=delta == 0, **launch(),
+                work_of(rows), p, delta, at_zero, eps, LOSS=LOSSES[loss], HARD=delta == 0, **launch(p),
             )  # fmt: skip
         return first, second, rank, own, share
     among = among_grades(rows, row_groups, values, delta)

@@ -19,7 +19,6 @@ from .triton_prefix import (
     begins_group,
     bounds_of,
     difference,
-    end_runs,
     fixed,
     is_finite,
     is_jump,
@@ -52,11 +51,6 @@ def _sum_bins(
 ):
     """Prefix sums over the bins, of counts and of moments about the origins, and their runs: rows 0 … 4 of work."""
     stride = 2 * P + 2
-    count_sum = tl.full([], 0, tl.int64)
-    moment_sum = count_sum
-    runs = count_sum
-    for place in range(3):  # of prefix sums of nothing
-        tl.store(work_ptr + place * stride, 0)
     for begin in range(0, 2 * P, BLOCK):
         t = begin + tl.arange(0, BLOCK)
         inside = t < 2 * P
@@ -66,7 +60,7 @@ def _sum_bins(
             count += tl.load(table_ptr + copy * 4 * P + t, mask=inside, other=0)
             if not HARD:
                 moment += tl.load(table_ptr + copy * 4 * P + 2 * P + t, mask=inside, other=0)
-        count_sum = add_up(count, count_sum, work_ptr, 0, t, inside)
+        add_up(count, work_ptr, 0, begin, t, inside)
         begins = (t % 2 == 0) & begins_group(groups_ptr, t // 2, inside)  # a group of so many rows has twice the knots
         cell_begins = begins
         if not HARD:
@@ -74,10 +68,20 @@ def _sum_bins(
             origin = origin_of(knot, width)
             before = origin_of(_knot_at(knots_ptr, t - 1, inside & (t > 0)), width)
             cell_begins = begins | (origin != before)
-            moment += moment_of(count, knot, origin, rate)
-            moment_sum = add_up(moment, moment_sum, work_ptr, stride, t, inside)
-        runs = number_runs(cell_begins, begins, runs, work_ptr, 2 * stride, 3 * stride, 4 * stride, t, inside)
-    end_runs(runs, 2 * P, work_ptr, 3 * stride, 4 * stride)
+            moment += moment_of(count, knot - origin, rate)
+            add_up(moment, work_ptr, stride, begin, t, inside)
+        number_runs(
+            cell_begins,
+            begins if groups_ptr is not None else None,
+            2 * P,
+            work_ptr,
+            2 * stride,
+            3 * stride,
+            4 * stride,
+            begin,
+            t,
+            inside,
+        )
 
 
 @triton.jit(do_not_specialize=["P", "copies"])
@@ -116,7 +120,7 @@ def sums_kernel(
             split = split_of(rise, done, work_ptr, 2 * stride, 3 * stride)
             low = origin_of(_knot_at(knots_ptr, rise, inside), width)
             high = origin_of(_knot_at(knots_ptr, done - 1, inside), width)
-            sloped = moment_about(row - delta, rise, split, done, low, high, rate, work_ptr, 0, stride)
+            sloped = moment_about(row, delta, rise, split, done, low, high, rate, work_ptr, 0, stride)
             total += tl.where(is_jump(row, delta, dtype), 0.5 * window.to(tl.float64), sloped.to(tl.float64))
         bad = ~(
             is_finite(load_row(rows_ptr, begin // 2, None, dtype))
@@ -136,22 +140,15 @@ def _sum_weights(
     They are rows 0 … 6 of work.
     """
     stride = P + 2
-    weight_sum = tl.full([], 0, tl.int64)
-    slope_sum = weight_sum
-    moment_sum = weight_sum
-    bad_sum = weight_sum
-    runs = weight_sum
-    for place in range(5):
-        tl.store(work_ptr + place * stride, 0)
     for begin in range(0, P, BLOCK):
         index = begin + tl.arange(0, BLOCK)
         inside = index < P
         weight = tl.load(weights_ptr + index, mask=inside, other=0.0) * factor
         row = load_row(rows_ptr, index, inside, dtype)
         bad = ~(is_finite(row) & is_finite(weight))
-        bad_sum = add_up(bad.to(tl.int64), bad_sum, work_ptr, 3 * stride, index, inside)
+        add_up(bad.to(tl.int32), work_ptr, 3 * stride, begin, index, inside)
         weight = fixed(weight, scale)
-        weight_sum = add_up(weight, weight_sum, work_ptr, 0, index, inside)
+        add_up(weight, work_ptr, 0, begin, index, inside)
         begins = begins_group(groups_ptr, index, inside)
         cell_begins = begins
         if not HARD:
@@ -159,11 +156,21 @@ def _sum_weights(
             origin = origin_of(row - delta, width)
             cell_begins = begins | (origin != origin_of(before - delta, width))
             weight = tl.where(is_jump(row, delta, dtype), 0, weight)
-            slope_sum = add_up(weight, slope_sum, work_ptr, stride, index, inside)
-            moment = tl.where(bad, 0, moment_of(weight, row - delta, origin, rate))
-            moment_sum = add_up(moment, moment_sum, work_ptr, 2 * stride, index, inside)
-        runs = number_runs(cell_begins, begins, runs, work_ptr, 4 * stride, 5 * stride, 6 * stride, index, inside)
-    end_runs(runs, P, work_ptr, 5 * stride, 6 * stride)
+            add_up(weight, work_ptr, stride, begin, index, inside)
+            moment = tl.where(bad, 0, moment_of(weight, row - origin - delta, rate))
+            add_up(moment, work_ptr, 2 * stride, begin, index, inside)
+        number_runs(
+            cell_begins,
+            begins if groups_ptr is not None else None,
+            P,
+            work_ptr,
+            4 * stride,
+            5 * stride,
+            6 * stride,
+            begin,
+            index,
+            inside,
+        )
 
 
 @triton.jit
@@ -182,7 +189,7 @@ def _write_line(
         low = origin_of(load_row(rows_ptr, tl.minimum(first, P - 1), None, dtype) - delta, width)
         high = origin_of(load_row(rows_ptr, tl.maximum(last - 1, 0), None, dtype) - delta, width)
         knot = _knot_at(knots_ptr, t, inside)
-        about = moment_about(knot, first, split, last, low, high, rate, work_ptr, stride, 2 * stride)
+        about = moment_about(knot, 0.0, first, split, last, low, high, rate, work_ptr, stride, 2 * stride)
         sloped = difference(work_ptr, stride, first, last)
         jumping = (difference(work_ptr, 0, first, last) - sloped).to(tl.float64)
         value = (difference(work_ptr, 0, begin, first) - about).to(tl.float64) + 0.5 * jumping
@@ -256,7 +263,7 @@ def sum_bins(
     with torch.cuda.device_of(rows):
         sums_kernel[(1,)](
             rows, row_groups, knots, rise, done, table, nan, work, out, p, table.shape[0], delta, unit,
-            HARD=delta == 0, **launch(),
+            HARD=delta == 0, **launch(2 * p),
         )  # fmt: skip
     return out
 
@@ -278,6 +285,6 @@ def lines_of(
     with torch.cuda.device_of(rows):
         lines_kernel[(1,)](
             rows, row_groups, knots, rise, done, share, lines, below, work, *own, p,
-            own.positives, delta, HARD=delta == 0, **launch(),
+            own.positives, delta, HARD=delta == 0, **launch(p),
         )  # fmt: skip
     return lines, below
