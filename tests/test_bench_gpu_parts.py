@@ -18,7 +18,7 @@ import torch
 
 from bench import __main__ as command
 from bench import diff
-from bench.gpu import clock, counters, environment, oracles, results, tables, times, worker
+from bench.gpu import clock, counters, environment, launches, oracles, results, tables, times, worker
 from bench.gpu.compiling import Compilations
 from bench.gpu.fit import BINNED, TILED, Point, fit, points
 from bench.gpu.work import Context, Record, Skipped, Unit, plain
@@ -320,6 +320,39 @@ def test_tables_of_counters() -> None:
     run = {"device": "x", "torch": "2", "triton": "3", "python": "3.12", "commit": None, "dirty": None, "date": "today"}
     text = tables.TABLES["counters"]({"run": run, "finished": True, "steps": steps})
     assert "| RetinaNet, binned | count_kernel | (30690, 1, 1) | 412 | 126 | 0.0015 |" in text
+
+
+def test_launches_of_replays_are_read_one_by_one() -> None:
+    """Flush, a, b of three replays; b comes before a in what the profiler lists."""
+    found: list[launches.Launch] = []
+    for replay, longer in enumerate((0.0, 8.0, 1.0)):
+        at = 1000.0 * replay
+        found += [
+            launches.Launch("fill", at, at + 60),
+            launches.Launch("b", at + 75, at + 80 + longer),
+            launches.Launch("a", at + 70, at + 72),
+        ]
+    records = list(launches.read(found, 3))
+    assert records == [
+        {"what": "launch", "index": 0, "kernel": "a", "us": 2},
+        {"what": "launch", "index": 1, "kernel": "b", "us": 6},
+        {"what": "step", "launches": 2, "us": 11},
+    ]
+    with pytest.raises(RuntimeError, match="8 launches were traced, which are no 3 replays"):
+        list(launches.read(found[1:], 3))
+    with pytest.raises(RuntimeError, match="0 launches"):
+        list(launches.read([], 3))
+
+
+def test_tables_of_launches() -> None:
+    of = {"setting": "ATSS", "anchors": 800, "positives": 8}
+    names = ["void at::native::(anonymous namespace)::fill<float>(int)", "count_kernel", "count_kernel"]
+    records = [of | {"what": "launch", "kernel": name, "us": us} for name, us in zip(names, (2, 9, 4), strict=True)]
+    records.append(of | {"what": "step", "launches": 3, "us": 17})
+    run = {"device": "x", "torch": "2", "triton": "3", "python": "3.12", "commit": None, "dirty": None, "date": "today"}
+    steps = {"launches": {"status": "done", "records": records}}
+    text = tables.TABLES["launches"]({"run": run, "finished": True, "steps": steps})
+    assert "| ATSS | 800 | 8 | 3 | 17 | count_kernel 13, others 2 |" in text
 
 
 # Times

@@ -150,11 +150,13 @@ def capture(step: Step) -> Step:
         torch.cuda.set_stream(current)  # torch leaves that of the capture where to end it fails, too
         raise
 
-    def replay() -> object:
-        graph.replay()
-        return results
+    return partial(_replay, graph, results, step)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, results: object, step: Step) -> object:
+    """``step`` is here only to live as long: it has the memory that the graph reads."""
+    graph.replay()
+    return results
 
 
 def quantiles(values: list[float]) -> list[float]:

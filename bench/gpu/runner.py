@@ -25,7 +25,14 @@ from .worker import STEPS
 
 MINUTES, REHEARSAL_MINUTES = 8.0, 60.0
 _GRACE = 6.0  # seconds between a process' own end and the one that is made
-SHARES = {"environment": 10.0, "correctness": 30.0, "times": 40.0, "counters": 10.0, "training": 15.0}
+SHARES = {
+    "environment": 10.0,
+    "correctness": 30.0,
+    "times": 40.0,
+    "launches": 5.0,
+    "counters": 10.0,
+    "training": 15.0,
+}
 """Of the time. What a step leaves over is for the steps after it."""
 _FAILED, _USAGE = 3, 2
 _WORST = ("done", "skipped", "out of time", "failed")

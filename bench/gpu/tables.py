@@ -1,6 +1,8 @@
 """Tables of a run on a GPU, as pages have them: one for each device."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from .work import Record
 NOTHING = "No GPU has run this yet: `python -m bench gpu` on a machine with one, then `make tables`."
 _FASTER = {LOOP: "loop", BUCKETED: "bucketed", FOCAL: "focal", FOCAL_COMPILED: "focal, compiled"}
 WRONG = "**wrong result**"
+_LITTLE = 2.5  # microseconds
 
 
 def spread(quantiles: list[float] | None) -> str:
@@ -262,6 +265,27 @@ def _counters(report: Record) -> str:
     return f"{head(report)}\n\n{table(names, lines, left=3)}"
 
 
+_SHORT = (r"void |at::native::|\(anonymous namespace\)::|[<(].*", "")  # what is long in the names of torch's kernels
+
+
+def _launches(report: Record) -> str:
+    steps = records(report, "launches", what="step")
+    if not steps:
+        return f"{head(report)}\n\n{_missing('single launches')}"
+    lines: list[list[str]] = []
+    for step in steps:
+        of = records(report, "launches", what="launch", setting=step["setting"])
+        kernels = Counter[str]()
+        for one in of:
+            kernels[re.sub(*_SHORT, one["kernel"])] += one["us"]
+        rest = sum(us for us in kernels.values() if us < _LITTLE)
+        text = ", ".join(f"{name} {number(us)}" for name, us in kernels.most_common() if us >= _LITTLE)
+        lines.append([step["setting"], f"{step['anchors']:,}", f"{step['positives']:,}", str(step["launches"]),
+                      number(step["us"]), f"{text}, others {number(rest)}"])  # fmt: skip
+    names = ["a step by graph replay", "N", "P", "launches and copies", "µs", "of it"]
+    return f"{head(report)}\n\n{table(names, lines)}"
+
+
 def _training(report: Record) -> str:
     found = records(report, "training", what="training")
     if not found:
@@ -283,6 +307,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "cases": _cases,
     "sizes": _sizes,
     "crossover": _crossover,
+    "launches": _launches,
     "counters": _counters,
     "training": _training,
 }

@@ -24,7 +24,7 @@ from .work import Context, Skipped, explain, plain
 POISONED = 3
 """Exit status: the device answers with errors only, and another process has to go on."""
 
-STEPS = ("environment", "correctness", "times", "counters", "training")
+STEPS = ("environment", "correctness", "times", "launches", "counters", "training")
 
 
 def _take_stdout() -> TextIO:
