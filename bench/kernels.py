@@ -162,6 +162,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     if target == "sm_90":
         soft, hard = one | {"HARD": False}, one | {"HARD": True}
         steps += [("", soft, many), (" hard", hard, many), (" of few", soft, triton_prefix.FEW)]
+        steps.append((" of some", soft, triton_prefix.SOME))
     for step, flags, launch in steps:
         found |= {
             f"sums of bins{step}": _of_rows(triton_sums.sums_kernel, flags, launch, {"out_ptr": "*fp64"}),
