@@ -31,7 +31,10 @@ def _disassemble(compiled: Any, tool: str, option: str) -> str:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers a thread, bytes of spills, bytes of shared memory; from the object file, or AMD's assembly."""
+    """Registers a thread, bytes of spills, bytes of shared memory; from the object file, or AMD's assembly.
+
+    AMD's scalar registers that are saved in lanes of a vector register are no spills: nothing goes to memory.
+    """
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
         usage = _disassemble(compiled, "cuobjdump", "-res-usage")
@@ -40,7 +43,7 @@ def resources(compiled: Any) -> dict[str, int]:
     text = compiled.asm["amdgcn"]
     read = {
         key: int(value)
-        for key, value in re.findall(r"\.(vgpr_count|\w+_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+        for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
     }
     return {"registers": read.pop("vgpr_count"), "spills": sum(read.values()), "shared": shared}
 
@@ -100,6 +103,7 @@ class Block(NamedTuple):
 
     instructions: Counter[str]  # by name, with modifiers
     loop: range  # indices of the blocks of the innermost loop around it; empty outside of loops
+    depth: int = 0  # so many loops are around it
 
 
 def basic_blocks(compiled: Any) -> list[Block]:
@@ -118,7 +122,7 @@ def basic_blocks(compiled: Any) -> list[Block]:
                 ends[labels[line.target]] = len(blocks)
             blocks.append(Counter())
     inside = [[range(*loop) for loop in ends.items() if index in range(*loop)] for index in range(len(blocks))]
-    return [Block(block, min(of, key=len, default=range(0))) for block, of in zip(blocks, inside, strict=True)]
+    return [Block(block, min(of, key=len, default=range(0)), len(of)) for block, of in zip(blocks, inside, strict=True)]
 
 
 def count(blocks: Iterable[Block], *kinds: str) -> Counter[str]:
@@ -165,14 +169,17 @@ def _tile_loops(blocks: list[Block], pairs: int) -> list[Counter[str]]:
 def _by_unit(kernel: Kernel, blocks: list[Block], threads: int) -> dict[str, float]:
     """Instructions by class for a pair (the tiled kernels, in their inner loop), or for a column or target.
 
-    There, all blocks of the program count once, those of a search twice: more than a program executes.
+    There, all blocks of the program count once, those of a search twice: more than a program executes. In shared memory
+    columns are counted block by block, in a loop around all.
     """
     if kernel.unit == "pair":
         of_tile = _tile_loops(blocks, kernel.pairs // threads)[0]
         return {name: n * threads / kernel.pairs for name, n in classify(of_tile).items()}
     total: Counter[str] = Counter()
+    around = 1 if kernel.constants.get("SHARED") else 0
     for block in blocks:
-        total.update({name: n * (2 if len(block.loop) else 1) for name, n in classify(block.instructions).items()})
+        times = 2 if block.depth > around else 1
+        total.update({name: n * times for name, n in classify(block.instructions).items()})
     return {name: n * threads / kernel.units for name, n in total.items()}
 
 
@@ -187,6 +194,7 @@ def read(name: str, target: str, columns: str, *, instructions: bool = True) -> 
         threads, blocks = kernel.warps * TARGETS[target].warp_size, basic_blocks(compiled)
         record |= {"unit": kernel.unit, "by_unit": _by_unit(kernel, blocks, threads)}
         record["of_16_bytes"] = count(blocks, "LDG.E.128", "STG.E.128")
+        record["atomics"] = count(blocks, "ATOMS.ADD", "ATOMS.CAS", "ATOMS")
         if kernel.unit == "pair":
             loops = _tile_loops(blocks, kernel.pairs // threads)
             record |= {

@@ -24,7 +24,6 @@ class GPU(NamedTuple):
     multiprocessors: int
     hertz: float
     bytes_per_s: float  # of a copy
-    atomics_per_s: float  # 64-bit, to different addresses: one in two cycles for each slice of the L2 cache
     fp32: int
     fp64: int
     integer: int = 64
@@ -34,21 +33,19 @@ class GPU(NamedTuple):
 
 
 GPUS = (
-    GPU("A100", "sm_80", 108, 1.41e9, 1.35e12, 5.6e10, fp32=64, fp64=32),
-    GPU("H100", "sm_90", 132, 1.7e9, 3.0e12, 8.0e10, fp32=128, fp64=64),
-    GPU("H200", "sm_90", 132, 1.98e9, 4.26e12, 8.0e10, fp32=128, fp64=64),  # clock and copy as measured
+    GPU("A100", "sm_80", 108, 1.41e9, 1.35e12, fp32=64, fp64=32),
+    GPU("H100", "sm_90", 132, 1.7e9, 3.0e12, fp32=128, fp64=64),
+    GPU("H200", "sm_90", 132, 1.98e9, 4.26e12, fp32=128, fp64=64),  # clock and copy as measured
 )
-# Of the busiest pipe's rate, on an H200 by its counters (commit badb315; bench/results). The tiled kernels are held up
-# by latencies, with a quarter of the warps that fit; the others by loads and stores at a stride of 32 bytes. Atomics
-# take the time that they are modelled to.
-REACHED = {"tiled matvec": 0.55, "tiled rmatvec": 0.66, "binned count": 0.72, "binned evaluate": 0.58}
+# Of the busiest pipe's rate, on an H200 by its counters (commit 3e84b52; bench/results). The tiled kernels are held up
+# by latencies, with a quarter of the warps that fit; the linear ones by loads that are spread over many lines of the L1
+# cache. Of the kernel that counts more is read than runs: a block goes one of its ways, to one bin or to many.
+REACHED = {"tiled matvec": 0.55, "tiled rmatvec": 0.66, "binned count": 1.7, "binned evaluate": 0.78}
 _MORE = {"RetinaNet, many positives": (CASES["RetinaNet"][0], 4000)}
 
 
-def seconds(
-    gpu: GPU, by_unit: dict[str, float], units: float, moved: float, atomics: float = 0.0, reached: float = 1.0
-) -> float:
-    """Time of a kernel that spends ``by_unit`` instructions on each unit, moves so many bytes, and adds so often.
+def seconds(gpu: GPU, by_unit: dict[str, float], units: float, moved: float, reached: float) -> float:
+    """Time of a kernel that spends ``by_unit`` instructions on each unit, and moves so many bytes.
 
     It reaches so much of the rate at which instructions are issued.
     """
@@ -62,17 +59,15 @@ def seconds(
         sum(by_unit.values()) / gpu.issue,
     )
     issued = cycles * units / (gpu.multiprocessors * gpu.hertz) / reached
-    return max(issued, moved / gpu.bytes_per_s, atomics / gpu.atomics_per_s)
+    return max(issued, moved / gpu.bytes_per_s)
 
 
 class Modelled(NamedTuple):
-    """Seconds of the two products at a size; of the binned forward with all columns in bins of their own, or in one."""
+    """Seconds of the two products at a size, pair by pair and linear."""
 
     floor: float  # logits read twice, gradient written
     tiled: tuple[float, float]
-    spread: float
-    one_bin: float
-    transpose: float
+    binned: tuple[float, float]
     transpose_floor: float  # logits and mask read, gradient written
 
 
@@ -80,16 +75,14 @@ def model(gpu: GPU, kernels: list[dict[str, Any]], anchors: int, positives: int)
     """The model of all kernels whose time grows with N, for float32 logits, delta > 0, and a mask."""
     unit = {r["kernel"]: r["by_unit"] for r in kernels if r["target"] == gpu.target and "by_unit" in r}
     pairs, read, write = anchors * positives, 5.0 * anchors, 9.0 * anchors
-    without = unit["binned count"] | {"atomic": 0.0}
+
+    def of(name: str, units: float, moved: float) -> float:
+        return seconds(gpu, unit[name], units, moved, REACHED[name])
+
     return Modelled(
         12.0 * anchors / gpu.bytes_per_s,
-        (
-            seconds(gpu, unit["tiled matvec"], pairs, read, reached=REACHED["tiled matvec"]),
-            seconds(gpu, unit["tiled rmatvec"], pairs, write, reached=REACHED["tiled rmatvec"]),
-        ),
-        seconds(gpu, without, anchors, read, 2.0 * anchors, REACHED["binned count"]),
-        seconds(gpu, without, anchors, read, reached=REACHED["binned count"]),
-        seconds(gpu, unit["binned evaluate"], anchors, write, reached=REACHED["binned evaluate"]),
+        (of("tiled matvec", pairs, read), of("tiled rmatvec", pairs, write)),
+        (of("binned count", anchors, read), of("binned evaluate", anchors, write)),
         write / gpu.bytes_per_s,
     )
 
@@ -100,15 +93,15 @@ def _milliseconds(value: float) -> str:
 
 def _model_table(kernels: list[dict[str, Any]]) -> str:
     head = [
-        "model", "GPU", "N", "P", "12 N floor ms", "tiled forward", "tiled transpose", "binned forward, spread",
-        "binned forward, one bin", "binned transpose", "transpose / 9 N floor", "dispatch",
+        "model", "GPU", "N", "P", "12 N floor ms", "tiled forward", "tiled transpose", "binned forward",
+        "binned transpose", "transpose / 9 N floor", "dispatch",
     ]  # fmt: skip
     lines: list[list[str]] = []
     for case, (anchors, positives) in (CASES | _MORE).items():
         for gpu in GPUS:
             m = model(gpu, kernels, anchors, positives)
-            times = (m.floor, *m.tiled, m.spread, m.one_bin, m.transpose)
-            relative, chosen = m.transpose / m.transpose_floor, ("tiled", "binned")[prefer_binned(positives, anchors)]
+            times = (m.floor, *m.tiled, *m.binned)
+            relative, chosen = m.binned[1] / m.transpose_floor, ("tiled", "binned")[prefer_binned(positives, anchors)]
             size = f"{anchors:,}", f"{positives:,}"
             lines.append([case, gpu.name, *size, *map(_milliseconds, times), f"{relative:.1f}", chosen])
     return f"{NOTE}\n\n{table(head, lines, left=2)}"

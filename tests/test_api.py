@@ -64,7 +64,7 @@ def test_layers_import_one_way() -> None:
     order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "columns", "threads", "segments", "knots", "graded", "positives", "torch_targets", "torch_binned", "numba_jit",
-        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_targets", "triton_sort", "triton_prefix", "triton_sums", "triton_binned",
+        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_targets", "triton_sort", "triton_prefix", "triton_sums", "triton_tables", "triton_shared", "triton_binned",
         "triton_among", "triton_graded", "triton_positives",
     ]  # fmt: skip
     inside = {
@@ -141,6 +141,11 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this torch cannot trace for a GPU that is not there")
     replace_kernels(monkeypatch, lambda kernel, name: NoLaunch())
     monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+
+    def multiprocessors(device: torch.device) -> int:
+        return 132
+
+    monkeypatch.setattr("alrp_triton.backends.triton_binned._multiprocessors", multiprocessors)
 
 
 @pytest.mark.usefixtures("no_launches")

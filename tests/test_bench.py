@@ -130,9 +130,9 @@ def test_peak_memory_of_a_step_is_gradient_and_mask(backend: str) -> None:
 
 
 def test_model_is_the_busiest_pipe() -> None:
-    gpu = model.GPU("x", "sm_90", 10, 1e9, bytes_per_s=1e9, atomics_per_s=1e6, fp32=128, fp64=64)
+    gpu = model.GPU("x", "sm_90", 10, 1e9, bytes_per_s=1e9, fp32=128, fp64=64)
     cycle = 1 / (10 * 1e9)
-    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, 0) == pytest.approx(1e6 * cycle * 2 / 128)
-    assert model.seconds(gpu, {"fp32": 2.0, "integer": 64.0}, 1e6, 0) == pytest.approx(1e6 * cycle)
-    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, moved=5e8) == pytest.approx(0.5)
-    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, moved=5e8, atomics=3e6) == pytest.approx(3.0)
+    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, 0, 1.0) == pytest.approx(1e6 * cycle * 2 / 128)
+    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, 0, 0.5) == pytest.approx(1e6 * cycle * 2 / 64)
+    assert model.seconds(gpu, {"fp32": 2.0, "integer": 64.0}, 1e6, 0, 1.0) == pytest.approx(1e6 * cycle)
+    assert model.seconds(gpu, {"fp32": 2.0}, 1e6, moved=5e8, reached=0.5) == pytest.approx(0.5)

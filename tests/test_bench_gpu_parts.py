@@ -26,27 +26,9 @@ from bench.problems import CASES, Size, as_dense, classes_of, draw_problem
 from bench.report import fill
 from tests import test_loss
 from tests.cases import draw
-from tests.conftest import or_skip
 
 CPU = torch.device("cpu")
 needs_torchvision = pytest.mark.skipif(not find_spec("torchvision"), reason="focal loss is torchvision's")
-
-
-def test_candidates_for_the_forward_product_add_up(device: str) -> None:
-    or_skip("triton")
-    from bench.gpu import candidates
-
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(30, generator=generator).double().sort().values.to(device)
-    columns = (torch.randn(5000, generator=generator) * 2 - 2).to(device)
-    for way in candidates.WAYS:
-        if way.name == "shared" and device != "cuda":  # the interpreter has no PTX
-            continue
-        way = way._replace(columns=min(way.columns, 2048))  # some copies of the table
-        step = candidates.prepare(way, rows, columns, 0.4)
-        assert candidates.wrong(step(), rows, columns, 0.4) <= 2.0**-28, way
-        assert candidates.wrong(step(), rows, columns - 1, 0.4) > 0  # other logits
-        assert torch.equal(step(), step())
 
 
 # Names and files

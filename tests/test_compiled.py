@@ -13,11 +13,12 @@ import pytest
 from alrp_triton import cost
 from bench import model
 from bench.gpu import results
-from bench.gpu.fit import fit, points
+from bench.gpu.fit import points
 from tests.conftest import or_skip
 from tests.processes import ROOT, run_together
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
+FORM = "( hard| in groups| of classes| of few| of some| elsewhere)"
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,17 @@ def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> 
         assert {"sums of bins", "lines of bins hard", "alrp terms", "ap terms hard"} <= {
             record["kernel"] for record in mine
         }
-    assert [record for record in mine if record["spills"]] == []
+    # Of size P, and the bytes of a few numbers: with two rows a thread they need all that sixteen warps leave of the
+    # registers. What it costs there no card has told.
+    of_rows = re.compile("(among|below) rows|(sums|lines) of bins|(alrp|ap|interpolated_ap) terms")
+    most = 40 if target == "sm_100" else 0
+    assert [r for r in mine if r["spills"] > (most if of_rows.match(r["kernel"]) else 0)] == []
 
 
 def test_every_kernel_of_the_package_is_compiled(records: list[dict[str, Any]]) -> None:
     source = "".join(path.read_text() for path in (ROOT / "alrp_triton" / "backends").glob("triton_*.py"))
     kernels = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
-    names = {re.sub(" hard$| in groups$| of classes$", "", record["kernel"]) for record in records}
+    names = {re.sub(f"{FORM}$", "", record["kernel"]) for record in records}
     forms = {"targets graded", "ap terms", "interpolated_ap terms"}  # of kernels that are there by another name
     assert len(kernels) == len(names - forms)
 
@@ -69,7 +74,7 @@ def test_logits_and_targets_are_addressed_in_64_bits(records: list[dict[str, Any
     }
     seen = 0
     for record in records:
-        for array in long.get(re.sub(" hard$| in groups$| of classes$", "", record["kernel"]), []):
+        for array in long.get(re.sub(f"{FORM}$", "", record["kernel"]), []):
             assert record["addresses"][array], (record["kernel"], array)
             assert all(record["addresses"][array]), (record["kernel"], record["target"], array)
             seen += 1
@@ -106,7 +111,7 @@ def of_the_h200() -> dict[str, Any]:
 @pytest.mark.parametrize("step", ["", " hard", " of classes"])
 def test_whole_blocks_of_logits_are_read_and_written_16_bytes_at_once(records: list[dict[str, Any]], step: str) -> None:
     """A mask that depends on N, of which nothing is known when compiling, would make it 4 bytes."""
-    logits_a_thread = 1024 // 128  # a block, over the threads of four warps
+    logits_a_thread = 1024 // 128  # a block, over the threads of four warps; 2048 over those of sixteen forward
     for columns, size in (("fp32", 4), ("bf16", 2)):
         of = {
             r["kernel"]: r["of_16_bytes"]
@@ -115,8 +120,8 @@ def test_whole_blocks_of_logits_are_read_and_written_16_bytes_at_once(records: l
         }
         times = logits_a_thread * size // 16
         assert of[f"binned evaluate{step}"] == {"LDG.E.128": times, "STG.E.128": times}
-        assert of[f"binned count{step}"]["LDG.E.128"] == times
         if columns == "fp32":
+            assert of[f"binned count{step}"]["LDG.E.128"] == times // 2
             assert of["targets dense"]["LDG.E.128"] == 512 // 128 * 8 // 16  # targets of int64
 
 
@@ -130,10 +135,9 @@ def test_the_model_of_the_machine_code_is_near_the_counters_of_a_gpu(records: li
     }
     retinanet, atss = (model.model(gpu, fp32, *model.CASES[case]) for case in ("RetinaNet", "ATSS"))
     modelled = {
-        ("RetinaNet, binned", "count_kernel"): retinanet.spread,
-        ("RetinaNet, binned", "evaluate_kernel"): retinanet.transpose,
-        ("RetinaNet, binned, initialisation", "count_kernel"): retinanet.one_bin,
-        ("RetinaNet, binned, initialisation", "evaluate_kernel"): retinanet.transpose,
+        ("RetinaNet, binned", "count_kernel"): retinanet.binned[0],
+        ("RetinaNet, binned", "evaluate_kernel"): retinanet.binned[1],
+        ("RetinaNet, binned, initialisation", "evaluate_kernel"): retinanet.binned[1],
         ("ATSS, tiled", "matvec_kernel"): atss.tiled[0],
         ("ATSS, tiled", "rmatvec_kernel"): atss.tiled[1],
     }
@@ -141,24 +145,21 @@ def test_the_model_of_the_machine_code_is_near_the_counters_of_a_gpu(records: li
         assert 1 / 1.5 < seconds / measured[which] < 1.5, (which, seconds, measured[which])
 
 
-def test_candidates_for_the_forward_product_compile() -> None:
-    """One adds in shared memory: two additions for each of eight logits a thread, in whole blocks and at the end."""
-    or_skip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (done,) = run_together(["-m", "bench.gpu.candidates", "--compile"], environment=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [of["spills"] for of in found.values()] == [0, 0, 0]
-    assert {way: of["ATOMS"] for way, of in found.items()} == {"two": 0, "packed": 0, "shared": 2 * 8 * 2}
-    assert {way: of["RED"] for way, of in found.items()} == {"two": 2 * 8 * 2, "packed": 8 * 2, "shared": 2}
+def test_logits_are_counted_in_shared_memory(records: list[dict[str, Any]]) -> None:
+    """Two additions for each of four logits a thread, and two for a block in one bin; NVIDIA has none of 64 bits."""
+    for columns in ("fp32", "bf16"):
+        for form in ("", " of classes"):
+            wanted = f"binned count{form}", "sm_90", columns
+            (record,) = [r for r in records if (r["kernel"], r["target"], r["columns"]) == wanted]
+            assert record["atomics"] == {"ATOMS.ADD": 2 * 4 + 2, "ATOMS.CAS": 0, "ATOMS": 2 * 4 + 2}
 
 
-def test_the_cost_model_is_that_of_the_newest_result() -> None:
+def test_the_choice_is_that_of_the_newest_result() -> None:
     of = points(results.records(of_the_h200(), "times", group="crossover"))
-    found = fit(of)
-    assert found is not None
-    assert found.pair_ns == pytest.approx(cost.TILED_NS_A_PAIR, rel=0.02)
-    assert found.column_ns == pytest.approx(cost.BINNED_NS_A_COLUMN, rel=0.02)
+    tiled = max(one.positives * one.anchors for one in of if one.tiled < one.binned)
+    binned = min(one.positives * one.anchors for one in of if one.tiled > one.binned)
+    assert tiled < binned
+    assert pytest.approx((tiled * binned) ** 0.5, rel=0.02) == cost.PAIRS
     for one in of:
         taken = one.binned if cost.prefer_binned(one.positives, one.anchors) else one.tiled
         assert taken <= 1.05 * min(one.tiled, one.binned), one

@@ -148,7 +148,7 @@ def test_no_mask_on_a_cpu(kernels: Backend) -> None:
 
 
 class _Aligned:
-    """A kernel that tells which of its arguments are at addresses that 16 bytes divide, by which Triton specialises."""
+    """A kernel that tells by what Triton specialises: which arguments are at addresses that 16 bytes divide; constants."""
 
     def __init__(self, kernel: Any, name: str, seen: set[tuple[Any, ...]]) -> None:
         self.kernel, self.name, self.seen = kernel, name, seen
@@ -156,7 +156,7 @@ class _Aligned:
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             tensors = (value for value in args if isinstance(value, torch.Tensor))
-            self.seen.add((self.name, *(value.data_ptr() % 16 == 0 for value in tensors)))
+            self.seen.add((self.name, *(value.data_ptr() % 16 == 0 for value in tensors), *sorted(kwargs.items())))
             self.kernel[grid](*args, **kwargs)
 
         return launch

@@ -1,6 +1,6 @@
 """Columns counted in shared memory, as on NVIDIA, with tests.ptx in the interpreter; on a GPU as it is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 
@@ -17,6 +17,11 @@ from tests.ptx import SharedMemory, shared_memory
 __all__ = ["shared_memory"]
 
 
+def of_device(multiprocessors: int) -> Callable[[torch.device], int]:
+    """In place of the question how many a device has."""
+    return lambda device: multiprocessors
+
+
 @pytest.fixture(autouse=True)
 def binned(device: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The module, which finds a device of one multiprocessor."""
@@ -25,7 +30,7 @@ def binned(device: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         if device != "cuda":
             request.getfixturevalue("shared_memory")
-        patch.setattr(module, "_multiprocessors", lambda device: 1)
+        patch.setattr(module, "_multiprocessors", of_device(1))
         yield module
 
 
@@ -142,7 +147,7 @@ def test_a_program_has_no_more_than_it_can_add_up(
 ) -> None:
     from alrp_triton.backends import triton_shared
 
-    monkeypatch.setattr(binned, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(binned, "_multiprocessors", of_device(multiprocessors))
     launch = binned._launch(Columns(torch.empty(1, device="meta").expand(columns), None), 3)
     assert launch.settings["SHARED"]
     assert launch.block * launch.each < 1 << 18

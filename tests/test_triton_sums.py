@@ -1,6 +1,7 @@
 """Sums by prefix sums of integers, against dense float64: over bins, over rows for each bin, over rows among themselves."""
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -360,3 +361,17 @@ def test_alone_in_its_window_a_row_has_its_own_value_to_the_last_digit(device: s
     assert count[3] == 0.5
     assert soft[3] == 0.35
     assert torch.equal(count, torch.tensor([3.5, 2.5, 1.5, 0.5], dtype=torch.float64, device=device))
+
+
+def test_few_forms_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is compiled once; and which it is changes at few numbers of positives, of which a training stays clear."""
+    or_skip("triton")
+    from alrp_triton.backends import triton_prefix
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    of = [triton_prefix.launch(count) for count in range(1, 5000)]
+    changes = [count for count, (form, after) in enumerate(pairwise(of), 1) if form != after]
+    assert changes == [256, 512, 1024, 1536]
+    assert {form["BLOCK"] for form in of} == {256, 512, 1024}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert all(triton_prefix.launch(count) == triton_prefix.AMD for count in (1, 300, 5000))

@@ -10,7 +10,7 @@ vectors of no fewer elements than there are threads, lest several of them do the
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 import triton
 import triton.language as tl

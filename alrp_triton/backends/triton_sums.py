@@ -263,7 +263,7 @@ def sum_bins(
     with torch.cuda.device_of(rows):
         sums_kernel[(1,)](
             rows, row_groups, knots, rise, done, table, nan, work, out, p, table.shape[0], delta, unit,
-            HARD=delta == 0, **launch(2 * p),
+            HARD=delta == 0, **launch(p),
         )  # fmt: skip
     return out
 

@@ -126,8 +126,11 @@ def _halve_cells(
 @triton.jit
 def _power_of_two(x):
     """The greatest that is not above x; 0 for 0."""
-    for bits in tl.static_range(5):
-        x = x | (x >> (1 << bits))
+    x = x | (x >> 1)
+    x = x | (x >> 2)
+    x = x | (x >> 4)
+    x = x | (x >> 8)
+    x = x | (x >> 16)
     return (x + 1) >> 1
 
 

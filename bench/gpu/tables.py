@@ -161,7 +161,7 @@ def _modelled(report: Record, row: Record) -> str:
         return ""
     kernels = json.loads((RESULTS / "compiled.json").read_text())["kernels"]
     of = model.model(gpu, kernels, row["anchors"], row["positives"])
-    return number(1e3 * (sum(of.tiled) if row["contender"] == TILED else of.spread + of.transpose))
+    return number(1e3 * sum(of.tiled if row["contender"] == TILED else of.binned))
 
 
 def _cases(report: Record) -> str:
