@@ -389,8 +389,8 @@ def test_a_worker_ends_soon_after_its_runner(tmp_path: Path) -> None:
 
 
 def test_the_time_is_shared_and_what_is_left_over_goes_on() -> None:
-    assert runner.limits(STEPS, "environment", 480) == pytest.approx(480 * 10 / 105)
-    assert runner.limits(STEPS, "correctness", 470) == pytest.approx(470 * 30 / 95)
+    assert runner.limits(STEPS, "environment", 480) == pytest.approx(480 * 10 / 110)
+    assert runner.limits(STEPS, "correctness", 470) == pytest.approx(470 * 30 / 100)
     assert runner.limits(STEPS, "training", 100) == pytest.approx(100)
     assert set(runner.SHARES) == set(STEPS)
     assert runner.workers_for("correctness", 16, "Default") == 8

@@ -1,6 +1,6 @@
 """Columns counted in shared memory, as on NVIDIA, with tests.ptx in the interpreter; on a GPU as it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -23,15 +23,14 @@ def of_device(multiprocessors: int) -> Callable[[torch.device], int]:
 
 
 @pytest.fixture(autouse=True)
-def binned(device: str, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+def binned(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, which finds a device of one multiprocessor."""
     or_skip("triton")
     module = import_module("alrp_triton.backends.triton_binned")
-    with pytest.MonkeyPatch.context() as patch:
-        if device != "cuda":
-            request.getfixturevalue("shared_memory")
-        patch.setattr(module, "_multiprocessors", of_device(1))
-        yield module
+    if device != "cuda":
+        request.getfixturevalue("shared_memory")
+    monkeypatch.setattr(module, "_multiprocessors", of_device(1))
+    return module
 
 
 def problem(seed: int, anchors: int, classes: int, positives: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
