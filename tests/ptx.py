@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alrp_triton.backends import triton_shared
-
 Words = NDArray[np.uint32]
 _BASE = 64  # the address of the table
 
@@ -58,7 +56,7 @@ class SharedMemory:
 def shared_memory(monkeypatch: pytest.MonkeyPatch) -> SharedMemory:
     """That of programs in the interpreter."""
     interpreter: Any = import_module("triton.runtime.interpreter")
-    memory = SharedMemory(triton_shared.THREADS)
+    memory = SharedMemory(import_module("alrp_triton.backends.triton_shared").THREADS)
 
     class Results:
         def __init__(self, handles: list[Any]) -> None:
