@@ -106,14 +106,36 @@ def test_nan_poisons_where_it_counts(device: str) -> None:
     assert step("triton_binned", logits, targets, errors, device)[0].isnan()
 
 
+def test_small_positions_are_rounded_to_the_nearest(device: str) -> None:
+    """Cut off, each would be too small by half a unit: 5e-5 of a sum of such positions."""
+    rows = torch.tensor([-4.3], device=device).double()
+    near = rows.float() - 0.3 + torch.rand(6000, generator=torch.Generator().manual_seed(0)).to(device) * 3e-5
+    wanted = ((near.double() - rows) / 0.6 + 0.5).clamp(0, 1).sum()
+    found = ComparisonMatrix(rows, near, delta=0.3, backend="triton_binned").matvec()
+    assert abs(float(found / wanted) - 1) < 5e-6
+
+
+def test_a_block_in_one_bin_adds_its_sum(device: str, request: pytest.FixtureRequest) -> None:
+    if device == "cuda":
+        pytest.skip("additions are counted in the interpreter")
+    memory: SharedMemory = request.getfixturevalue("shared_memory")
+    logits, targets, errors = problem(3, 256, 80, 9, 0.0)  # ten blocks of two programs
+    step("triton_binned", logits, targets, errors, device)
+    assert memory.additions == 10
+    memory.additions = 0
+    logits[0, 0] += 3  # the other blocks of its program go column by column, too
+    step("triton_binned", logits, targets, errors, device)
+    assert 5 + 4 * 2048 < memory.additions < 5 + 5 * 2048
+
+
 def test_sums_are_those_of_integers(binned: ModuleType, device: str) -> None:
     """All that a column adds, and the carry from word to word: some thousand columns at positions near 1 in one bin."""
     rows = torch.tensor([0.0, 4.0], dtype=torch.float64, device=device)
     columns = torch.tensor([0.999] * 3000 + [-5.0, 7.0], device=device)
-    _, _, _, scale, settings = binned._launch(Columns(columns, None), 2)
+    _, _, _, scale, settings = binned._launch(Columns(columns, None), 2, 1)
     assert settings["SHARED"]
     found = ComparisonMatrix(rows, columns, delta=1.0, backend="triton_binned").matvec().cpu().numpy()
-    units = np.trunc(np.float32(1.999) * np.float32(0.5) * np.float32(scale))
+    units = np.rint(np.float32(1.999) * np.float32(0.5) * np.float32(scale))
     assert abs(found[0] - (3000 * units / scale + 1)) <= 3000 * 2.0**-23  # the position itself is rounded
     assert found[1] == 1
     found = ComparisonMatrix(rows, columns[:-2].contiguous(), delta=1.0, backend="triton_binned").matvec().cpu().numpy()
@@ -128,7 +150,7 @@ def test_where_shared_memory_is_not(binned: ModuleType, device: str) -> None:
     anchors = torch.tensor([NONE, ALL, 3], dtype=torch.int32, device=device)
 
     def shared(columns: Columns, positives: int = 3) -> bool:
-        return binned._launch(columns, positives).settings["SHARED"]
+        return binned._launch(columns, positives, 1).settings["SHARED"]
 
     assert shared(Columns(columns, None))
     assert shared(Columns(columns, columns.byte()))
@@ -140,19 +162,22 @@ def test_where_shared_memory_is_not(binned: ModuleType, device: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 5_000, 4_000_000, 100_000_000, 2**32])
-@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(("multiprocessors", "runs"), [(1, 1), (132, 1), (132, 16), (132, 300)])
 def test_a_program_has_no_more_than_it_can_add_up(
-    binned: ModuleType, monkeypatch: pytest.MonkeyPatch, columns: int, multiprocessors: int
+    binned: ModuleType, monkeypatch: pytest.MonkeyPatch, columns: int, multiprocessors: int, runs: int
 ) -> None:
     from alrp_triton.backends import triton_shared
 
     monkeypatch.setattr(binned, "_multiprocessors", of_device(multiprocessors))
-    launch = binned._launch(Columns(torch.empty(1, device="meta").expand(columns), None), 3)
+    columns = max(columns - columns % runs, runs)
+    launch = binned._launch(Columns(torch.empty(1, device="meta").expand(columns), None), 3, runs)
     assert launch.settings["SHARED"]
-    assert launch.block * launch.each < 1 << 18
-    programs = -(-columns // (launch.block * launch.each))
-    most = triton_shared.PROGRAMS * multiprocessors
-    assert programs <= most or launch.block * launch.each > triton_shared.MOST_COLUMNS // 2
+    span = launch.block * launch.each
+    assert span < 1 << 18
+    # Programs fill a GPU once; or more often, but then with as much as each can have.
+    programs = runs * -(-columns // runs // span)
+    most = max(triton_shared.PROGRAMS * multiprocessors, runs)
+    assert programs <= most or span > triton_shared.MOST_COLUMNS // 2
 
 
 def test_threads_that_would_do_the_same_are_an_error(shared_memory: SharedMemory) -> None:

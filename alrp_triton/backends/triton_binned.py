@@ -95,8 +95,8 @@ def _ends(low, high, other_low, other_high):
 
 
 @triton.jit
-def _bin_of_all(x, knots_ptr, lut_ptr, begin, stop, low, scale, last, step, CELLS: tl.constexpr):
-    """The bin of the least column, and whether it is that of all, of which none is NaN."""
+def _find_all(x, knots_ptr, lut_ptr, begin, stop, low, scale, last, step, CELLS: tl.constexpr):
+    """How many knots are not above the least column, and whether it is so for all, of which none is NaN."""
     least, greatest = tl.reduce((x, x), 0, _ends)
     knots = find(least, knots_ptr, lut_ptr, begin, stop, low, scale, last, step, CELLS)
     same = knots == find(greatest, knots_ptr, lut_ptr, begin, stop, low, scale, last, step, CELLS)
@@ -174,7 +174,7 @@ def count_kernel(
             same = False
             of_all = sums
             if alike | (at == 0):
-                of_all, same = _bin_of_all(x, knots_ptr, lut_ptr, begin, stop, low, of_cells, last, step, CELLS)
+                of_all, same = _find_all(x, knots_ptr, lut_ptr, begin, stop, low, of_cells, last, step, CELLS)
                 alike = same
             if same:
                 _add_all(x, weight, of_all, table_ptr, sums, knots_ptr, P, begin, rate, unit, HARD, SHARED, THREADS)
@@ -268,25 +268,25 @@ def _runs(columns: Columns, bounds: Tensor, span: int) -> tuple[int, Tensor | No
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of an NVIDIA GPU; 0 where there is none, nor its shared memory."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """Of an NVIDIA GPU; 0 where there is none, or none computes: nor is there its shared memory."""
+    if device.type != "cuda" or torch.version.hip is not None or not isinstance(count_kernel, triton.JITFunction):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _launch(columns: Columns, p: int) -> _Launch:
-    """In shared memory where that can be."""
+def _launch(columns: Columns, p: int, runs: int) -> _Launch:
+    """For columns of so many runs; in shared memory where that can be."""
     n, dtype = columns.values.numel(), working_dtype(columns.values)
     fits = 2 * p < triton_shared.BINS and n <= triton_shared.MOST_OF_ALL
     programs = triton_shared.PROGRAMS * _multiprocessors(columns.values.device)
     if programs and fits and dtype == torch.float32 and columns.weights is None:
-        block = triton_shared.BLOCK
-        waves = blocks(n, programs * triton_shared.MOST_COLUMNS)  # lest a program have more than it can add up
-        each = blocks(n, programs * waves * block)
+        block, of_run = triton_shared.BLOCK, max(programs // runs, 1)
+        waves = blocks(n // runs, of_run * triton_shared.MOST_COLUMNS)  # lest a program have more than it can add up
+        each = blocks(n // runs, of_run * waves * block)
         return _Launch(block, each, 1, 2.0**UNIT_BITS.value, triton_shared.SETTINGS)
     block = BLOCK[dtype]
     copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p)))
-    # With this unit, n columns at positions of at most 4 add up to less than 2**62.
+    # With this unit, n columns at positions of at most 2 add up to less than 2**62.
     scale = 2.0 ** (60 - max(n - 1, 1).bit_length())
     return _Launch(block, 1, copies, scale, {"SHARED": False, "THREADS": 0, "num_warps": WARPS})
 
@@ -300,7 +300,7 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
         # Weights in [-1, 1], for the fixed point; divided by a power of two, so that none is rounded.
         largest = torch.linalg.vector_norm(columns.weights, math.inf).double().frexp().exponent
         marks = torch.ldexp(columns.weights.double(), -largest)
-    block, each, copies, scale, settings = _launch(columns, p)
+    block, each, copies, scale, settings = _launch(columns, p, max(bounds.numel() // 2, 1))
     run, bounds, programs = _runs(columns, bounds, block * each)
     sums = torch.zeros((4 * copies + 1) * p, dtype=torch.int64, device=rows.device)
     table, nan = sums[: 4 * copies * p].view(copies, 2, 2 * p), sums[4 * copies * p :]

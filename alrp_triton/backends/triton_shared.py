@@ -1,6 +1,6 @@
 """A table of 64-bit sums in the shared memory of a program, for NVIDIA: what Triton does not offer and PTX does.
 
-Added to a table in global memory each logit goes to the L2 cache, twice; on an H200 that took three quarters of a step.
+Added to a table in global memory each logit goes to the L2 cache, twice; on an H200 that took most of a step.
 In shared memory a sum is two words, and a 64-bit addition is two of 32 bits, of which the second takes what the first
 has carried. Sums of integers do not depend on their order: results are bitwise repeatable.
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 # 44 KiB: a program may have 48 unasked, and Triton needs some for its reductions. Two programs of 16 warps hide the
-# latencies of a multiprocessor, and leave more than half of its memory to the L1 cache.
+# latencies of a multiprocessor, and leave more than half of an H100's 256 KiB to the L1 cache.
 BINS = 5632
 WARPS = 16
 THREADS = 32 * WARPS
@@ -65,7 +65,7 @@ def clear_sums(sums, bins, THREADS: tl.constexpr):
 @triton.jit
 def add_each(sums, bin, position, on):
     """A column and its position, at most 1, to each of the bins whose ``on`` is true."""
-    position = (position * _UNIT).to(tl.int32)
+    position = (position * _UNIT + 0.5).to(tl.int32)
     one = tl.full(position.shape, _ONE_ABOVE, tl.int32)
     tl.inline_asm_elementwise(_ADD, "=r,r,r,r,r", [sums + 8 * bin, position, one, on.to(tl.int32)], tl.int32, False, 1)
 
@@ -73,7 +73,7 @@ def add_each(sums, bin, position, on):
 @triton.jit
 def add_block(sums, bin, position, on, THREADS: tl.constexpr):
     """All columns of a block whose ``on`` is true, to one bin."""
-    total = tl.sum(tl.where(on, (position * _UNIT).to(tl.int64) + _ONE, 0), axis=0)
+    total = tl.sum(tl.where(on, (position * _UNIT + 0.5).to(tl.int64) + _ONE, 0), axis=0)
     thread = tl.arange(0, THREADS)
     low = (thread * 0) + total.to(tl.int32)
     high = (thread * 0) + (total >> 32).to(tl.int32)

@@ -38,7 +38,7 @@ from .triton_tiled import Own, scale_own
 
 @triton.jit
 def _knot_at(knots_ptr, t, inside):
-    """A knot, finite as triton_binned has it: one that is not counts for no row's slope."""
+    """A knot, made finite: one that is not counts for no row's slope."""
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     most = 1.7e308 if dtype == tl.float64 else 3.4028234663852886e38
     knot = tl.load(knots_ptr + t, mask=inside, other=0.0).to(tl.float64)

@@ -169,7 +169,7 @@ def tables_kernel(
     last = _knot(top, delta, True, dtype)
     # Rows ascend, NaN last. Where one is not finite knots are not in order, and all columns go to the first bin.
     sound = is_finite(bottom) & is_finite(top)
-    cells = CELLS * (stop - begin) - 1
+    cells = CELLS * (stop - begin)
     scale, last_cell = cells_of(first, last, cells, dtype)
     cell = entry - CELLS * begin
     # Of this cell and the next one, of lower knots and of upper ones.
@@ -186,7 +186,7 @@ def tables_kernel(
             next_high, next_high_stop, cell + 1, first, scale, last_cell, rows_ptr, delta, True, dtype
         )
         width = width // 2
-    held = tl.where(sound & (cell < cells) & (entry < CELLS * P), next_low + next_high - low - high, 0)
+    held = tl.where(sound & (entry < CELLS * P), next_low + next_high - low - high, 0)
     tl.store(lut_ptr + entry, tl.where(sound, low + high, 2 * begin + 1), mask=entry < CELLS * P)
     tl.atomic_max(lut_ptr + CELLS * P, _power_of_two(tl.max(held, axis=0)), sem="relaxed")
 
@@ -203,7 +203,7 @@ def group_cells(knots_ptr, lut_ptr, P, begin, stop, CELLS: tl.constexpr):
     """What :func:`find` wants to know of a group with the rows [begin, stop)."""
     low = tl.load(knots_ptr + 2 * begin)
     high = tl.load(knots_ptr + 2 * stop - 1)
-    scale, last = cells_of(low, high, CELLS * (stop - begin) - 1, knots_ptr.dtype.element_ty)
+    scale, last = cells_of(low, high, CELLS * (stop - begin), knots_ptr.dtype.element_ty)
     return low, scale, last, tl.load(lut_ptr + CELLS * P)
 
 
