@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alrp_triton import ComparisonMatrix
 from alrp_triton.backends.knots import make_knots
 from tests.conftest import or_skip
 
@@ -375,3 +376,14 @@ def test_few_forms_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {form["BLOCK"] for form in of} == {256, 512, 1024}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert all(triton_prefix.launch(count) == triton_prefix.AMD for count in (1, 300, 5000))
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-9, 0.1])
+def test_h_is_a_half_at_a_rows_own_score(delta: float, device: str) -> None:
+    """Where a score less delta is no float64, too: an H200 found it off by 1e-5."""
+    or_skip("triton")
+    rows = torch.arange(1, 60, device=device).double() / 3  # no two within delta
+    matrix = ComparisonMatrix(rows, rows.clone(), delta=delta, backend="triton_binned")
+    wanted = torch.arange(len(rows), device=device).double() + 0.5
+    assert (matrix.rmatvec(torch.ones_like(rows)) - wanted).abs().max() <= 1e-9
+    assert (matrix.matvec() - wanted.flip(0)).abs().max() <= 1e-9
