@@ -24,14 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
-# How the kernels are launched, by how many numbers there are: a thread has one or two of a block. Time is that of the
-# instructions of a thread, one after the other: on an H200 the rows of 58 positives took 28 us with four numbers a
-# thread, and 9 with one. A bound on the registers, of as many as there are, keeps ptxas from saving some of them, at
-# the price of spills, for more programs than there are.
-FEW = {"BLOCK": 256, "num_warps": 8, "maxnreg": 255}
+# How the kernels are launched, by how many numbers there are: a thread has one or two of a block, for the time is that
+# of a thread's instructions, one after the other. A bound on the registers, of as many as there are, keeps ptxas from
+# saving some of them, at the price of spills, for more programs than there are.
+MOST_REGISTERS = {"maxnreg": 255}
+FEW = {"BLOCK": 256, "num_warps": 8, **MOST_REGISTERS}
 SOME = {"BLOCK": 512, "num_warps": 16, "maxnreg": 128}
 MANY = {"BLOCK": 1024, "num_warps": 16, "maxnreg": 128}
-MOST_REGISTERS = {"maxnreg": 255}
 AMD = {"BLOCK": 256, "num_warps": 4}
 
 
@@ -211,5 +210,5 @@ def launch(count: int) -> dict[str, int]:
         return AMD
     if count <= FEW["BLOCK"]:
         return FEW
-    # A block of MANY takes 1.7 times as long as one of SOME.
+    # Two blocks of MANY take longer than three of SOME.
     return SOME if -(-count // SOME["BLOCK"]) in (1, 3) else MANY
