@@ -1,0 +1,328 @@
+"""Trains a detector of torchvision with a ranking loss on data in COCO format, evaluates it, and detects with it.
+
+::
+
+    alrp-train fit --data.root DIR --out RUN          trains; ends with AP, oLRP and thresholds by category
+    alrp-train fit --out RUN --resume                 goes on where RUN stopped, with its settings
+    alrp-train fit --out RUN --resume --trainer.max_epochs 200     and makes it longer
+    alrp-train validate --run RUN --data.root DIR     evaluates the best checkpoint of RUN
+    alrp-train predict --run RUN --images FOLDER      detects; writes COCO's format of results, and pictures
+
+Each command has --help, and takes --config FILE, such as the config.yaml that a run leaves.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch.utils.data import DataLoader
+
+from .callbacks import LAST, History, KeepLast, Progress
+from .coco import find_part
+from .data import CocoDataModule, CocoDetection, Images, collate
+from .detectors import SMALL, load_weights, read_weights
+from .errors import UserError
+from .evaluate import Found, as_results
+from .module import RankingDetector
+from .pictures import save_curves, save_detections
+
+BEST = "best.ckpt"
+_CONFIG = "config.yaml"
+_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_SHOWN = 12  # pictures
+
+
+class _Fit(LightningCLI):
+    """Lightning's command line for this model and these data, with what a run needs beside them."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add: Callable[..., Any] = parser.add_argument
+        add("--out", type=Path, required=True, help="folder of the run")
+        add("--resume", action="store_true", help="go on from the last checkpoint in --out, with its settings")
+        add(
+            "--weights",
+            type=str | None,
+            help="to begin with: a file, or the name of weights that torchvision downloads",
+        )
+        add("--ema", type=float | None, help="decay of an exponential moving average of the weights, such as 0.999")
+        add("--patience", type=int | None, help="stop after so many evaluations without a better AP")
+        add("--evaluate_first", action="store_true", help="also before training")
+        add("--goal", type=float | None, help="exit with status 1 if AP50 ends below")
+        add("--seed", type=int, default=0, help="of weights, batches and transforms")
+        parser.link_arguments("seed", "model.seed")
+        parser.link_arguments("seed", "data.seed")
+        parser.link_arguments("data.categories", "model.categories", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that they are given
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config
+        last = config.out / LAST
+        if config.out.exists() and not config.out.is_dir():
+            raise UserError(f"--out {config.out} is no folder")
+        if last.exists() != config.resume:
+            wrong = "there is none to --resume" if config.resume else "--resume it, or take another --out"
+            raise UserError(f"checkpoint {last}: {wrong}")
+        self.tensors: dict[str, torch.Tensor] = {}
+        if config.weights and not config.resume:
+            self.tensors, about = read_weights(config.weights)
+            # Published for pretrained weights; and what was trained with other deviations of boxes keeps them.
+            config.model.freeze_norm = config.model.freeze_norm or any("running_var" in name for name in self.tensors)
+            of_detector = any("regression_head." in name or "rpn.head." in name for name in self.tensors)
+            if config.model.box_coder is None and config.model.loss != "torchvision" and of_detector:
+                config.model.box_coder = about.get("box_coder", "model")
+                rank_zero_info(f"boxes are coded as in {config.weights}: model.box_coder={config.model.box_coder}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config, out = self.config, self.config.out
+        callbacks: list[Any] = [History(), Progress(), KeepLast(out)]
+        callbacks.append(ModelCheckpoint(out, Path(BEST).stem, monitor="AP", mode="max", enable_version_counter=False))
+        if config.ema is not None:
+            callbacks.append(EMAWeightAveraging(decay=config.ema))
+        if config.patience is not None:
+            callbacks.append(EarlyStopping("AP", mode="max", patience=config.patience, check_finite=False))
+        self.trainer_defaults = {"callbacks": callbacks}
+        loggers = [CSVLogger(out, name="logs"), TensorBoardLogger(out, name="tensorboard")]
+        logger = loggers if self.config_init.trainer.logger is None else self.config_init.trainer.logger
+        return super().instantiate_trainer(default_root_dir=out, logger=logger, **kwargs)
+
+
+def fit(words: Sequence[str]) -> int:
+    """Trains; 1 if the goal was not reached."""
+    words = list(words)
+    if "--resume" in words and "--out" in words[:-1]:
+        before = Path(words[words.index("--out") + 1]) / _CONFIG
+        words = [*(["--config", str(before)] if before.is_file() else []), *words]
+    cli = _Fit(
+        RankingDetector,
+        CocoDataModule,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+        parser_kwargs={"prog": "alrp-train fit", "description": __doc__},
+        args=words,
+        run=False,
+    )
+    config, trainer, model, data = cli.config, cli.trainer, cli.model, cli.datamodule
+    if cli.tensors:
+        rank_zero_info(f"{config.weights}: {load_weights(model.detector, cli.tensors)}")
+    _advise(config, trainer)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if trainer.is_global_zero:
+        cli.parser.save(config, config.out / _CONFIG, overwrite=True, skip_none=False)
+    if config.evaluate_first and not config.resume:
+        trainer.validate(model, datamodule=data, verbose=False)
+    trainer.fit(model, datamodule=data, ckpt_path=config.out / LAST if config.resume else None, weights_only=True)
+    if model.evaluation is None or (config.resume and not model.found):  # there was nothing left to do
+        trainer.validate(model, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return 0
+    return _finish(config, trainer, model, data)
+
+
+def _advise(config: Namespace, trainer: Trainer) -> None:
+    if not config.weights and not config.resume and config.model.detector != SMALL:
+        rank_zero_info(
+            "note: the weights are random, and published schedules expect a backbone of ImageNet's: "
+            "--weights ResNet50_Weights.IMAGENET1K_V2, or a file"
+        )
+    if trainer.strategy.root_device.type == "cpu" and config.model.size**2 * config.data.batch > 10**6:
+        rank_zero_info(
+            f"note: {config.data.batch} images of size {config.model.size} are a long step on a CPU: "
+            "--data.batch, --model.size and --model.detector retinanet_small make it shorter"
+        )
+
+
+def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule) -> int:
+    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
+    assert model.evaluation is not None
+    rows = {one["step"]: one for one in history.evaluations}
+    best = max(rows.values(), key=lambda one: one["AP"] if one["AP"] == one["AP"] else -1)
+    last = history.evaluations[-1]
+    named = {"before training": rows.get(0), f"best, step {best['step']}": best, f"last, step {last['step']}": last}
+    _print_rows(
+        {name: row for name, row in named.items() if row},
+        ("AP", "AP50", "AP75", "oLRP", "oLRP_loc", "oLRP_FP", "oLRP_FN"),
+    )
+    _print_rows(model.evaluation.by_category, ("AP", "oLRP", "threshold"))
+    result = {"settings": dict(model.settings), "step": trainer.global_step, "images": len(data.held_out)}
+    result |= {"evaluations": history.evaluations, "by_category": model.evaluation.by_category}
+    _write(config.out / "metrics.json", result, indent=2)
+    _write(
+        config.out / "detections.json", as_results(model.found, data.held_out.coco.image_ids, model.settings.categories)
+    )
+    _draw(save_curves, history.state_dict(), config.out / "curves.png")
+    _draw(_save_found, model, data.held_out, config.out / "detections.png")
+    print(f"{BEST}, {LAST}, metrics.json, detections.json, curves.png, detections.png and logs are in {config.out}/")
+    ap50 = last["AP50"]
+    if config.goal is not None and not ap50 >= config.goal:
+        print(f"AP50 ended at {ap50:.3f}, below {config.goal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _save_found(model: RankingDetector, part: CocoDetection, file: Path) -> None:
+    pictures = [(part[one.index][0], one.detections, one.target) for one in model.found[:_SHOWN]]
+    save_detections(pictures, list(model.settings.categories.values()), file)
+
+
+def _draw(draw: Callable[..., None], *arguments: Any) -> None:
+    """What is drawn never decides how a run ends."""
+    try:
+        draw(*arguments)
+    except Exception as error:
+        print(f"note: {arguments[-1]} could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _write(file: Path, content: Any, **options: Any) -> None:
+    file.write_text(json.dumps(content, **options) + "\n", encoding="utf-8")
+
+
+def _print_rows(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
+    print("\n" + " " * 24 + "".join(f"{name:>11}" for name in columns))
+    for name, row in rows.items():
+        print(f"{name:<24.24}" + "".join(f"{row[column]:>11.3f}" for column in columns))
+
+
+def _parser(command: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"alrp-train {command}", description=__doc__)
+    parser.add_argument("--config", action="config", help="a file of these options")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, mps, auto")
+    return parser
+
+
+def _trained(run: Path) -> tuple[RankingDetector, dict[str, Any]]:
+    """The model of a run's best checkpoint, or of the one that is given; and the checkpoint."""
+    files = [run] if run.is_file() else [file for name in (BEST, LAST) if (file := run / name).is_file()]
+    if not files:
+        raise UserError(f"there is no checkpoint {run / BEST}")
+    try:
+        checkpoint = torch.load(files[0], map_location="cpu", weights_only=True)
+        model = RankingDetector(**checkpoint["hyper_parameters"])
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # of many kinds: of unpickling, zip, names, shapes
+        raise UserError(f"{files[0]} is no checkpoint of alrp-train: {error!s:.300}") from error
+    return model, checkpoint
+
+
+def validate(words: Sequence[str]) -> int:
+    """Evaluates a trained detector."""
+    parser = _parser("validate")
+    parser.add_argument("--out", type=Path | None, help="file for the metrics, as JSON")
+    parser.add_class_arguments(CocoDataModule, "data")
+    config = parser.parse_args(list(words))
+    model, _ = _trained(config.run)
+    data = parser.instantiate_classes(config).data
+    trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
+    trainer.validate(model, datamodule=data, verbose=False)
+    assert model.evaluation is not None
+    _print_rows({data.names[1]: model.evaluation.overall}, tuple(model.evaluation.overall))
+    _print_rows(model.evaluation.by_category, ("AP", "oLRP", "threshold"))
+    if config.out:
+        _write(config.out, {"overall": model.evaluation.overall, "by_category": model.evaluation.by_category}, indent=2)
+    return 0
+
+
+def predict(words: Sequence[str]) -> int:
+    """Detects with a trained detector."""
+    parser = _parser("predict")
+    parser.add_argument("--images", type=list[Path], help="image files, and folders of them")
+    parser.add_argument("--root", type=Path | None, help="a data set in COCO format, annotated or not, in their place")
+    parser.add_argument("--part", default="test", help="name of its part")
+    parser.add_argument(
+        "--threshold",
+        type=float | Literal["optimal"],
+        default=0.0,
+        help="least score; optimal: that of each category, by the last evaluation",
+    )
+    parser.add_argument("--out", type=Path, default=Path("detections.json"), help="file of results in COCO's format")
+    parser.add_argument("--pictures", type=Path | None, help="folder for a picture of each image")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    config = parser.parse_args(list(words))
+    if bool(config.images) == bool(config.root):
+        raise UserError("give --images, or --root and --part")
+    model, checkpoint = _trained(config.run)
+    names = list(model.settings.categories.values())
+    least = _thresholds(config.threshold, names, checkpoint)
+    data = Images(_image_files(config.images)) if config.images else CocoDetection(find_part(config.root, config.part))
+    data.check_images()
+    trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
+    loader: DataLoader[Any] = DataLoader(data, config.batch, collate_fn=collate)
+    batches: Any = trainer.predict(model, loader)
+    found = []
+    for index, one in enumerate(one for batch in batches for one in batch):
+        kept = one["scores"] >= least[one["labels"]]
+        found.append(Found(index, {key: value[kept] for key, value in one.items()}, {}))
+    ids = data.coco.image_ids if isinstance(data, CocoDetection) else range(1, len(data) + 1)
+    results = as_results(found, ids, model.settings.categories)
+    file_of = {number: str(data.path(index)) for index, number in enumerate(ids)}
+    _write(config.out, [result | {"file_name": file_of[result["image_id"]]} for result in results])
+    if config.pictures:
+        config.pictures.mkdir(parents=True, exist_ok=True)
+        for one in found:
+            save_detections(
+                [(data[one.index][0], one.detections, None)],
+                names,
+                config.pictures / f"{one.index + 1:06}_{data.path(one.index).stem}.png",
+            )
+    print(f"{len(results)} detections in {len(data)} images: {config.out}")
+    return 0
+
+
+def _thresholds(wanted: float | str, names: Sequence[str], checkpoint: Mapping[str, Any]) -> torch.Tensor:
+    if wanted != "optimal":
+        return torch.full((len(names),), float(wanted))
+    known = checkpoint.get("thresholds") or {}
+    if not known:
+        raise UserError("--threshold optimal: this checkpoint is of before the first evaluation; take best.ckpt")
+    # A category of which nothing was found in evaluation has none: nothing of it is kept.
+    return torch.tensor([known[name] for name in names], dtype=torch.float64).nan_to_num(torch.inf)
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--images: there is no {path}")
+        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in _IMAGES) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"--images: no image in {path}")
+        files += found
+    return files
+
+
+COMMANDS = {"fit": fit, "validate": validate, "predict": predict}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs a command; what a user can mend ends in one line, and status 2."""
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] not in COMMANDS:
+        print(__doc__, file=sys.stdout if set(words) & {"-h", "--help"} else sys.stderr)
+        return 0 if set(words) & {"-h", "--help"} else 2
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except SIGTERMException:
+        return 143
+    except (UserError, MisconfigurationException, OSError) as error:
+        # Of a process that loads images comes the whole traceback, as the text of the error.
+        print(
+            f"error: {str(error).strip().splitlines()[-1].removeprefix(f'{UserError.__module__}.UserError: ')}",
+            file=sys.stderr,
+        )
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}: try a lower --model.lr or a longer --model.warm_up", file=sys.stderr)
+        return 1

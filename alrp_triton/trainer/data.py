@@ -1,0 +1,325 @@
+"""The pixels and targets of a data set in COCO format, in batches that a resumed run sees again."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .coco import Coco, Part, find_part
+from .errors import UserError
+
+Target = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """Lists with an entry for each image.
+
+    A target has what is trained on, ``boxes`` (M, 4), corners in pixels, and ``labels`` (M,) from 0, and what is
+    evaluated against: ``truth`` (T, 4) float64 as x, y, width, height, ``truth_labels``, ``iscrowd`` and ``area``.
+    """
+
+    images: list[Tensor]  # (3, H, W) in 0..1
+    targets: list[Target]
+    indices: list[int]  # in the data set
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
+    """Images of one part of a data set with their boxes, see :class:`Batch`.
+
+    Crowds are not trained on, as they are no single object; evaluation treats them as COCO does. Images without boxes
+    stay: they are full of negatives.
+
+    Args:
+        part: of :func:`alrp_triton.trainer.coco.find_part`.
+        transform: of torchvision.transforms.v2. What is random in it depends on ``seed``, the epoch and the image, so
+            that a resumed run sees the same.
+        seed: for ``transform``.
+
+    Raises:
+        UserError: the file is not of COCO's format (here), an image is missing or unreadable (when it is asked for).
+    """
+
+    def __init__(self, part: Part, transform: Callable[..., Any] | None = None, seed: int = 0) -> None:
+        self.part, self.transform, self.seed = part, transform, seed
+        self.coco = Coco(part.annotations)
+        self._first = np.searchsorted(self.coco.image, np.arange(len(self.coco.image_ids) + 1))
+
+    def __len__(self) -> int:
+        return len(self.coco.image_ids)
+
+    def path(self, index: int) -> Path:
+        name = self.coco.names[index]
+        for folder, one in itertools.product(self.part.folders, dict.fromkeys((name, Path(name).name))):
+            if (folder / one).is_file():
+                return folder / one
+        folders = ", ".join(map(str, self.part.folders))
+        raise UserError(f"there is no image {name} of {self.part.annotations} in {folders}")
+
+    def check_images(self) -> None:
+        """Finds and measures all image files. UserError: one is missing, unreadable, or of another size than stated."""
+
+        def measure(index: int) -> None:
+            path, stated = self.path(index), self.coco.sizes[index].tolist()
+            with opened(path) as file:
+                if any(seen != said and not math.isnan(said) for seen, said in zip(file.size, stated, strict=True)):
+                    raise UserError(f"{path} has {file.size} pixels, its annotation file says {stated}")
+                self.coco.sizes[index] = file.size
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(measure, range(len(self))))
+
+    def target(self, index: int) -> Target:
+        rows = slice(self._first[index], self._first[index + 1])
+        columns = (self.coco.corners, self.coco.label, self.coco.xywh, self.coco.crowd, self.coco.area)
+        corners, labels, xywh, crowd, area = (torch.from_numpy(column[rows]) for column in columns)
+        of_truth = {"truth": xywh, "truth_labels": labels, "iscrowd": crowd, "area": area}
+        return {"boxes": corners[~crowd], "labels": labels[~crowd], **of_truth}
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target, int]:
+        """An image by index; by epoch and index it is transformed."""
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        image, target = read_image(self.path(index)), self.target(index)
+        if epoch is not None and self.transform is not None:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed_of(self.seed, epoch, index))
+                form = {"format": "XYXY", "canvas_size": image.shape[-2:]}
+                boxes = tv_tensors.BoundingBoxes(target["boxes"], **form)  # pyright: ignore[reportCallIssue]
+                inputs = {"image": tv_tensors.Image(image), "boxes": boxes, "labels": target["labels"]}
+                inputs = _without_empty(self.transform(inputs))
+            image = inputs.pop("image").as_subclass(Tensor)
+            target |= {name: value.as_subclass(Tensor) for name, value in inputs.items()}
+        return image, target, index
+
+
+# What a transform pushes over the border has less than a pixel there.
+_without_empty = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def seed_of(*numbers: int) -> int:
+    """One number of several, for a generator of random numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class opened:  # noqa: N801
+    """``with opened(path) as file``: PIL's image. What goes wrong in it is a UserError that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self.file = Image.open(self.path)
+        except Exception as error:
+            self.__exit__(None, error)
+            raise
+        if self.file.mode.startswith(("I", "F")) and not (
+            self.file.mode.startswith("I;16") or self.file.format == "PNG"
+        ):
+            raise UserError(f"{self.path} has 32 bits a pixel, of which none knows what is white: store 8 or 16")
+        return self.file
+
+    def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
+        # PIL raises errors of many kinds for files that it cannot read.
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise UserError(f"{self.path} cannot be read as an image: {error}") from error
+        if trace:
+            self.file.close()
+
+
+def read_image(path: Path) -> Tensor:
+    """Pixels ``(3, H, W)`` in 0..1, as they are stored: an orientation noted by a camera is not applied, as in COCO."""
+    with opened(path) as file:
+        if file.mode.startswith("I"):  # grey, 16 bits
+            return torch.from_numpy(np.array(file, dtype=np.float32) / 65535).expand(3, -1, -1).clone()
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """This process' share of batches, as (epoch, index): an epoch is a permutation, less what does not fill a batch.
+
+    Args:
+        images: how many there are.
+        batch: images a step, of all processes together.
+        seed: of the permutations.
+        rank: of this process.
+        processes: how many share a batch.
+        taken: gives the number of batches that the run has had: the sampler goes on from there.
+    """
+
+    def __init__(self, images: int, batch: int, seed: int, rank: int, processes: int, taken: Callable[[], int]) -> None:
+        if images < batch:
+            raise UserError(f"a batch of {batch} images is more than the {images} there are")
+        if batch % processes:
+            raise UserError(f"a batch of {batch} images cannot be shared by {processes} processes")
+        self.images, self.batch, self.seed, self.taken = images, batch, seed, taken
+        self.share = slice(rank * batch // processes, (rank + 1) * batch // processes)
+        self.steps = images // batch
+
+    def __len__(self) -> int:
+        return self.steps * (self.share.stop - self.share.start)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, first = divmod(self.taken(), self.steps)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        for step in range(first, self.steps):
+            for index in order[step * self.batch : (step + 1) * self.batch][self.share]:
+                yield epoch, int(index)
+
+
+class CocoDataModule(LightningDataModule):
+    """A data set in COCO format: ``root/annotations/instances_train2017.json``, ``root/train2017``, and so ``val``.
+
+    Args:
+        root: its folder, see :func:`alrp_triton.trainer.coco.find_part`.
+        train: name of the part to train on.
+        val: name of the part to evaluate on.
+        batch: images a step, of all processes together.
+        workers: processes that load images.
+        transforms: of torchvision.transforms.v2, one after the other, on images in 0..1 and boxes; None: a flip.
+        flip: whether half of the images are flipped at random, where no ``transforms`` are given.
+        seed: of batches and transforms.
+
+    Raises:
+        UserError: files that are missing or wrong; says which and what.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        train: str = "train",
+        val: str = "val",
+        batch: int = 32,
+        workers: int = 2,
+        transforms: list[nn.Module] | None = None,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch < 1 or workers < 0 or seed < 0:
+            raise UserError(f"batch must be at least 1, workers and seed at least 0, got {batch}, {workers}, {seed}")
+        self.root, self.names, self.batch, self.workers, self.seed = Path(root), (train, val), batch, workers, seed
+        self.transforms = transforms if transforms is not None else [v2.RandomHorizontalFlip()] * flip
+
+    @cached_property
+    def training(self) -> CocoDetection:
+        transform = v2.Compose(self.transforms) if self.transforms else None
+        return CocoDetection(find_part(self.root, self.names[0]), transform, self.seed)
+
+    @cached_property
+    def held_out(self) -> CocoDetection:
+        return CocoDetection(find_part(self.root, self.names[1]))
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names by id, in the order of the labels."""
+        return self.training.coco.categories
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._sampler().steps
+
+    def setup(self, stage: str) -> None:
+        """Everything that can be wrong with the data is found here, before the first step."""
+        parts = [self.training, self.held_out] if stage == "fit" else [self.held_out]
+        if stage == "fit":
+            self._check_both()
+        for part, use in zip(reversed(parts), ("to evaluate on", "to train on"), strict=False):
+            coco = part.coco
+            counts = f"{len(part)} images, {(~coco.crowd).sum()} boxes, {len(coco.categories)} categories"
+            rank_zero_info(f"{coco.file}: {counts} {use}")
+            for note in coco.notes:
+                rank_zero_info(f"note: {note}")
+            if not coco.annotated:
+                raise UserError(f"{coco.file} has no annotations {use}")
+            part.check_images()
+
+    def _check_both(self) -> None:
+        files = [part.part.annotations for part in (self.training, self.held_out)]
+        if files[0].samefile(files[1]):
+            raise UserError(
+                f"the parts {' and '.join(map(repr, self.names))} to train and to evaluate on are both {files[0]}"
+            )
+        if self.training.coco.categories != self.held_out.coco.categories:
+            raise UserError(f"{files[0]} and {files[1]} have other categories")
+        if self.training.coco.crowd.all():
+            raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
+        both = {self.training.path(0).parent / name for name in self.training.coco.names} & {
+            self.held_out.path(0).parent / name for name in self.held_out.coco.names
+        }
+        if both:
+            rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
+        self._sampler()
+
+    def _sampler(self) -> EpochSampler:
+        trainer = self.trainer
+        rank, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+        def taken() -> int:
+            return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0
+
+        return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        sampler = self._sampler()
+        return self._loader(self.training, sampler, sampler.share.stop - sampler.share.start)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        share = range(rank, len(self.held_out), processes)
+        return self._loader(self.held_out, share, max(self.batch // processes, 1))
+
+    def _loader(self, data: CocoDetection, indices: Any, batch: int) -> DataLoader[Any]:
+        """Draws no number from torch's global generator, whose state belongs to the run."""
+        return DataLoader(
+            data, batch, sampler=indices, num_workers=self.workers, collate_fn=collate, generator=torch.Generator()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": self.training.coco.fingerprint, "batch": self.batch, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """UserError: the checkpoint is of other data, or of other batches."""
+        for name, now in self.state_dict().items():
+            if state_dict[name] != now:
+                seen = f"than {self.training.part.annotations}" if name == "data" else f"{state_dict[name]} (now {now})"
+                raise UserError(f"the checkpoint is of a run with other {name} {seen}")
+
+
+def collate(samples: Sequence[tuple[Tensor, Target, int]]) -> Batch:
+    """Samples as a :class:`Batch`."""
+    return Batch(*(list(column) for column in zip(*samples, strict=True)))
+
+
+class Images(Dataset[tuple[Tensor, Target, int]]):
+    """Image files alone, to detect in."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> Path:
+        return self.files[index]
+
+    def check_images(self) -> None:
+        """UserError: one of the files is no image."""
+        for path in self.files:
+            with opened(path):
+                pass
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target, int]:
+        return read_image(self.files[index]), {}, index

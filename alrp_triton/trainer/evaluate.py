@@ -1,0 +1,80 @@
+"""COCO's average precision and oLRP of detections, over all categories and by category."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert
+
+from ..metrics import OptimalLRP
+
+_AP = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
+_AP |= {f"AP_{size}": f"map_{size}" for size in ("small", "medium", "large")}
+_OLRP = {"oLRP": "olrp", "oLRP_loc": "olrp_loc", "oLRP_FP": "olrp_fp", "oLRP_FN": "olrp_fn"}
+
+
+class Found(NamedTuple):
+    """The detections of an image, best first: ``boxes`` (K, 4) as corners, ``labels`` (K,) from 0, ``scores`` (K,)."""
+
+    index: int
+    detections: dict[str, Tensor]
+    target: dict[str, Tensor]
+
+
+class Evaluation(NamedTuple):
+    """AP, oLRP and their components in 0..1, NaN where there is nothing to find."""
+
+    overall: dict[str, float]
+    by_category: dict[str, dict[str, float]]
+    """By name: ``AP``, ``oLRP``, and ``threshold``, the score from which on detections give the least LRP."""
+
+
+def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluation:
+    """Evaluates the detections of all images, each once.
+
+    Args:
+        found: with targets as :class:`alrp_triton.trainer.data.Batch` has them.
+        categories: names by id, in the order of the labels.
+    """
+    local = {"sync_on_compute": False, "box_format": "xywh"}  # what other processes found is here already
+    precision = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, **local)
+    precision.warn_on_many_detections = False
+    olrp = OptimalLRP(class_metrics=True, **local)
+    for one in found:
+        detections = one.detections | {"boxes": box_convert(one.detections["boxes"], "xyxy", "xywh")}
+        truth = {"boxes": one.target["truth"], "labels": one.target["truth_labels"]}
+        truth |= {"iscrowd": one.target["iscrowd"].long(), "area": one.target["area"]}
+        for metric in (precision, olrp):
+            metric.update([detections], [truth])
+    of_ap, of_lrp = precision.compute(), olrp.compute()
+    overall = {name: _value(of_ap[key]) for name, key in _AP.items()}
+    overall |= {name: float(of_lrp[key]) for name, key in _OLRP.items()}
+    curves = of_ap["precision"][:, :, :, 0, -1]  # IoU, recall, class
+    aps = {int(label): _value(curves[:, :, k].mean()) for k, label in enumerate(of_ap["classes"].reshape(-1))}
+    columns = (of_lrp[key].reshape(-1).tolist() for key in ("classes", "olrp_per_class", "olrp_thresholds"))
+    lrps = {int(label): (lrp, threshold) for label, lrp, threshold in zip(*columns, strict=True)}
+    nan = float("nan")
+    by_category: dict[str, dict[str, float]] = {}
+    for label, name in enumerate(categories.values()):
+        lrp, threshold = lrps.get(label, (nan, nan))
+        by_category[name] = {"AP": aps.get(label, nan), "oLRP": lrp, "threshold": threshold}
+    return Evaluation(overall, by_category)
+
+
+def _value(ap: Tensor) -> float:
+    return float(ap) if ap >= 0 else float("nan")  # -1: nothing to find
+
+
+def as_results(found: Sequence[Found], image_ids: Sequence[Any], categories: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Detections in COCO's format of results, with the ids of the data set."""
+    ids = list(categories)
+    return [
+        {"image_id": image_ids[one.index], "category_id": ids[label], "bbox": box, "score": score}
+        for one in found
+        for box, label, score in zip(
+            box_convert(one.detections["boxes"], "xyxy", "xywh").tolist(),
+            *(one.detections[key].tolist() for key in ("labels", "scores")),
+            strict=True,
+        )
+    ]
