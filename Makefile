@@ -19,13 +19,14 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 help:  ## List the targets
 	@grep -E '^[a-z0-9.-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
 
-DIGITS := --detector retinanet_small --size 128 --batch 8 --no-flip --workers 0
-BUDGET := --steps 400 --every 100 --optimizer adamw --lr 3e-3 --warm-up 50 --schedule cosine --period 50
+DIGITS := --model.detector retinanet_small --model.size 128 --data.batch 8 --data.flip false --data.workers 0
+BUDGET := --trainer.max_steps 400 --trainer.val_check_interval 0.5 --model.optimizer adamw --model.lr 3e-3 \
+  --model.warm_up 50 --model.schedule cosine --model.period 50
 
 demo: .venv/.demo  ## Write scenes of handwritten digits in COCO format, train a RetinaNet with aLRP Loss; see demo/
 	rm -rf demo
 	$(RUN) -m examples.digits demo/data
-	$(RUN) -m examples.coco train --data demo/data --out demo $(DIGITS) $(BUDGET) --evaluate-first --goal 0.7
+	$(RUN) -m alrp_triton.trainer fit --data.root demo/data --out demo $(DIGITS) $(BUDGET) --evaluate_first --goal 0.7
 
 test: .venv/.dev .venv/.mmdet  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
 	$(RUN) -m pytest $(WORKERS) $(PYTEST)

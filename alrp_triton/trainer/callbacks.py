@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .module import RankingDetector
-
 LAST = "last.ckpt"
 
 
@@ -61,14 +59,12 @@ class History(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.evaluations = state_dict["steps"], state_dict["evaluations"]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0 and (
-            not self.steps or self.steps[-1]["step"] < trainer.global_step
-        ):
-            logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-            self.steps.append({"step": trainer.global_step, **logged})
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0 and (not self.steps or self.steps[-1]["step"] < step):
+            self.steps.append({"step": step} | {name: float(value) for name, value in pl_module.values.items()})
 
-    def on_validation_end(self, trainer: Trainer, pl_module: RankingDetector) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if pl_module.evaluation and not trainer.sanity_checking:
             step = trainer.global_step
             self.evaluations = [one for one in self.evaluations if one["step"] < step]
@@ -78,8 +74,9 @@ class History(Callback):
 class Progress(TQDMProgressBar):
     """Lightning's bar, with images a second and the time that is left of the whole run."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: RankingDetector) -> None:
-        super().on_train_start(trainer, pl_module)
+    def on_train_start(self, *arguments: Any) -> None:
+        super().on_train_start(*arguments)
+        trainer, pl_module = arguments
         rank_zero_info(
             f"training to step {pl_module.total_steps}; on a CPU the first one compiles the loss, some seconds"
         )

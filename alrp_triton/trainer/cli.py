@@ -15,16 +15,17 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from .callbacks import LAST, History, KeepLast, Progress
@@ -94,7 +95,8 @@ class _Fit(LightningCLI):
             callbacks.append(EarlyStopping("AP", mode="max", patience=config.patience, check_finite=False))
         self.trainer_defaults = {"callbacks": callbacks}
         loggers = [CSVLogger(out, name="logs"), TensorBoardLogger(out, name="tensorboard")]
-        logger = loggers if self.config_init.trainer.logger is None else self.config_init.trainer.logger
+        given: Any = self.config_init
+        logger = loggers if given.trainer.logger is None else given.trainer.logger
         return super().instantiate_trainer(default_root_dir=out, logger=logger, **kwargs)
 
 
@@ -109,7 +111,12 @@ def fit(words: Sequence[str]) -> int:
         CocoDataModule,
         save_config_callback=None,
         seed_everything_default=False,
-        trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+        trainer_defaults={
+            "max_epochs": 100,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+        },
         parser_kwargs={"prog": "alrp-train fit", "description": __doc__},
         args=words,
         run=False,
@@ -145,7 +152,7 @@ def _advise(config: Namespace, trainer: Trainer) -> None:
 
 
 def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule) -> int:
-    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
+    (history,) = (one for one in cast("Any", trainer).callbacks if isinstance(one, History))
     assert model.evaluation is not None
     rows = {one["step"]: one for one in history.evaluations}
     best = max(rows.values(), key=lambda one: one["AP"] if one["AP"] == one["AP"] else -1)
@@ -224,7 +231,7 @@ def validate(words: Sequence[str]) -> int:
     parser.add_class_arguments(CocoDataModule, "data")
     config = parser.parse_args(list(words))
     model, _ = _trained(config.run)
-    data = parser.instantiate_classes(config).data
+    data = cast("Any", parser.instantiate_classes(config)).data
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
     trainer.validate(model, datamodule=data, verbose=False)
     assert model.evaluation is not None
@@ -238,7 +245,7 @@ def validate(words: Sequence[str]) -> int:
 def predict(words: Sequence[str]) -> int:
     """Detects with a trained detector."""
     parser = _parser("predict")
-    parser.add_argument("--images", type=list[Path], help="image files, and folders of them")
+    parser.add_argument("--images", nargs="+", type=Path, help="image files, and folders of them")
     parser.add_argument("--root", type=Path | None, help="a data set in COCO format, annotated or not, in their place")
     parser.add_argument("--part", default="test", help="name of its part")
     parser.add_argument(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Coco:
 
     Attributes:
         categories: names by id, in the order of the labels.
-        image_ids: ascending; in their order ``names`` of files, and ``sizes`` (I, 2), width and height, NaN if not said.
+        image_ids: ascending; in their order ``names`` of files, and ``sizes`` (I, 2), width and height.
         image: (R,) which image a box is in, ascending; and of it ``label`` (R,), ``xywh`` (R, 4) float64, ``corners``
             (R, 4) float32, cut at the border of the image, ``area`` (R,) and ``crowd`` (R,).
         annotated: whether the file has annotations; that of a test set may have none.
@@ -104,21 +105,17 @@ class Coco:
         for number, row in enumerate(rows):
             try:
                 out.append(read(row))
-            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-                name = (
-                    f"{row['id']!r:.40}"
-                    if isinstance(row, dict) and "id" in row
-                    else f"number {number}, without an id,"
-                )
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # noqa: PERF203
+                known = isinstance(row, dict) and "id" in row
+                name = f"id {row['id']!r:.40}" if known else f"number {number}, without an id"
                 text = f"has no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{self.file}: {key}, id {name}: {text:.300}") from error
+                raise UserError(f"{self.file}: {key}, {name}: {text:.300}") from error
         return out
 
     def _by_id(self, what: str, rows: list[tuple[Any, ...]]) -> dict[int, Any]:
         by_id = {number: rest[0] if len(rest) == 1 else rest for number, *rest in rows}
         if len(by_id) < len(rows):
-            numbers = [number for number, *_ in rows]
-            twice = next(number for number in numbers if numbers.count(number) > 1)
+            (twice, _), *_ = Counter(number for number, *_ in rows).most_common(1)
             raise UserError(f"{self.file}: more than one {what} has the id {twice}")
         if not by_id:
             raise UserError(f"{self.file} lists no {what}")
@@ -126,26 +123,23 @@ class Coco:
 
     def _keep_meaningful(self, rows: list[tuple[Any, ...]]) -> None:
         """Leaves out boxes that mean nothing, and says so."""
-        image, label, boxes, area, crowd, ids = (
-            (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 6
+        columns = [list(column) for column in zip(*rows, strict=True)] or [[]] * 6
+        image, label, area, crowd = (
+            np.array(columns[of], kind) for of, kind in ((0, "i8"), (1, "i8"), (3, "f8"), (4, "?"))
         )
+        boxes, ids = columns[2], columns[5]
         missing = np.array([box is None for box in boxes], np.bool_)
-        image, xywh = (
-            np.array(image, np.int64),
-            np.array([box or [0.0] * 4 for box in boxes], np.float64).reshape(-1, 4),
-        )
-        area = np.array(area, np.float64)  # NaN where not said
+        xywh = np.array([box or [0.0] * 4 for box in boxes], np.float64).reshape(-1, 4)
         with np.errstate(invalid="ignore", over="ignore"):
             corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-            border = np.nan_to_num(np.tile(self.sizes[image], 2), nan=np.inf)
+            border = np.tile(self.sizes[image], 2)
             inside = np.clip(corners, 0, border).astype(np.float32)
             finite = np.isfinite(corners).all(1)
             empty = ~(inside[:, 2:] - inside[:, :2] >= LEAST_SIDE).all(1)
             of_box = np.minimum(xywh[:, 2] * xywh[:, 3], _MOST_AREA)
             bad_area = ~np.isnan(area) & ~((area >= 0) & (area <= _MOST_AREA))
-            odd = ((corners < -1) | (corners > border + 1)).any(1) | (xywh[:, 2:] < 1).all(
-                1
-            )  # a pixel over it is rounding
+            over = ((corners < -1) | (corners > border + 1)).any(1)  # less than a pixel is rounding
+            odd = np.logical_or(over, (xywh[:, 2:] < 1).all(1))
         kept = ~missing & finite & ~empty
         for text, which in (
             ("left out {} without a box", missing),
@@ -153,18 +147,17 @@ class Coco:
             ("left out {} with a box that has no area inside of its image", ~missing & finite & empty),
             ("took the area of the box for {} with an area below 0 or beyond 1e10", kept & bad_area),
         ):
-            if which.any():
-                some = ", ".join(f"{ids[row]!r:.40}" for row in np.flatnonzero(which)[:3])
-                self.notes.append(
-                    f"{self.file}: {text.format(f'{which.sum()} annotations')} (id {some}{' …' * (which.sum() > 3)})"
-                )
+            rows_of = np.flatnonzero(which).tolist()
+            if rows_of:
+                some = ", ".join([f"{ids[row]!r:.40}" for row in rows_of[:3]] + ["…"] * (len(rows_of) > 3))
+                self.notes.append(f"{self.file}: {text.format(f'{len(rows_of)} annotations')} (id {some})")
         self.image, self.xywh, self.corners = image[kept], xywh[kept], inside[kept]
-        self.label, self.crowd = np.array(label, np.int64)[kept], np.array(crowd, np.bool_)[kept]
+        self.label, self.crowd = label[kept], crowd[kept]
         self.area = np.where(bad_area | np.isnan(area), of_box, area)[kept]
-        boxes, odd = int((~self.crowd).sum()), int((odd[kept] & ~self.crowd).sum())
-        if odd > boxes / 2:
+        single, strange = int((~self.crowd).sum()), int((odd[kept] & ~self.crowd).sum())
+        if strange > single / 2:
             self.notes.append(
-                f"{self.file}: {odd} of {boxes} boxes reach out of their image or are smaller than a pixel; "
+                f"{self.file}: {strange} of {single} boxes reach out of their image or are smaller than a pixel; "
                 "is bbox x, y, width, height in pixels?"
             )
 
@@ -179,14 +172,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_image_entry(row: dict[str, Any]) -> tuple[int, str, float, float]:
+def _read_image_entry(row: dict[str, Any]) -> tuple[int, str, int, int]:
     name = row["file_name"] if "coco_url" not in row else row.get("file_name", str(row["coco_url"]).rpartition("/")[2])
     if not isinstance(name, str) or not name:
         raise ValueError(f"file_name is {reprlib.repr(name)}")
-    sides = [np.nan if row.get(side) is None else _whole(row, side) for side in ("width", "height")]
-    if any(side < 1 for side in sides):
-        raise ValueError(f"width and height are {sides}")
-    return _whole(row, "id"), name, *sides
+    width, height = _whole(row, "width"), _whole(row, "height")
+    if width < 1 or height < 1:
+        raise ValueError(f"width and height are {width} and {height}")
+    return _whole(row, "id"), name, width, height
 
 
 def _read_annotation(row: dict[str, Any], index_of: dict[int, int], label_of: dict[int, int]) -> tuple[Any, ...]:
@@ -201,15 +194,9 @@ def _read_annotation(row: dict[str, Any], index_of: dict[int, int], label_of: di
         raise ValueError(f"bbox is {reprlib.repr(box)} and not four numbers")
     if crowd not in (None, 0, 1):
         raise ValueError(f"iscrowd is {reprlib.repr(crowd)} and not 0 or 1")
-    area = np.nan if row.get("area") is None else _number(row["area"], "area")
+    area = np.nan if row.get("area") is None else np.nan_to_num(_number(row["area"], "area"), nan=-1.0)
     numbers = [_number(number, "bbox") for number in box] if box else None
-    return (
-        *place,
-        numbers,
-        np.inf if np.isnan(area) and row.get("area") is not None else area,
-        bool(crowd),
-        row.get("id"),
-    )
+    return *place, numbers, area, bool(crowd), row.get("id")
 
 
 def _number(value: Any, what: str) -> float:

@@ -1,7 +1,6 @@
 """The pixels and targets of a data set in COCO format, in batches that a resumed run sees again."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -74,9 +73,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         def measure(index: int) -> None:
             path, stated = self.path(index), self.coco.sizes[index].tolist()
             with opened(path) as file:
-                if any(seen != said and not math.isnan(said) for seen, said in zip(file.size, stated, strict=True)):
+                if list(file.size) != stated:
                     raise UserError(f"{path} has {file.size} pixels, its annotation file says {stated}")
-                self.coco.sizes[index] = file.size
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(measure, range(len(self))))
@@ -95,8 +93,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         if epoch is not None and self.transform is not None:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed_of(self.seed, epoch, index))
-                form = {"format": "XYXY", "canvas_size": image.shape[-2:]}
-                boxes = tv_tensors.BoundingBoxes(target["boxes"], **form)  # pyright: ignore[reportCallIssue]
+                form: dict[str, Any] = {"format": "XYXY", "canvas_size": image.shape[-2:]}
+                boxes = tv_tensors.BoundingBoxes(target["boxes"], **form)
                 inputs = {"image": tv_tensors.Image(image), "boxes": boxes, "labels": target["labels"]}
                 inputs = _without_empty(self.transform(inputs))
             image = inputs.pop("image").as_subclass(Tensor)
@@ -106,6 +104,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
 
 # What a transform pushes over the border has less than a pixel there.
 _without_empty = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def batches_had(trainer: Any) -> int:
+    """How many batches a run has had, through all of its resumptions."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
 def seed_of(*numbers: int) -> int:
@@ -264,11 +267,10 @@ class CocoDataModule(LightningDataModule):
         self._sampler()
 
     def _sampler(self) -> EpochSampler:
-        trainer = self.trainer
-        rank, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
         def taken() -> int:
-            return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0
+            return batches_had(self.trainer) if self.trainer else 0
 
         return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken)
 

@@ -10,14 +10,14 @@ from torchvision.ops import box_convert
 from ..metrics import OptimalLRP
 
 _AP = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
-_AP |= {f"AP_{size}": f"map_{size}" for size in ("small", "medium", "large")}
+_SIZES = {f"AP_{size}": f"map_{size}" for size in ("small", "medium", "large")}
 _OLRP = {"oLRP": "olrp", "oLRP_loc": "olrp_loc", "oLRP_FP": "olrp_fp", "oLRP_FN": "olrp_fn"}
 
 
 class Found(NamedTuple):
     """The detections of an image, best first: ``boxes`` (K, 4) as corners, ``labels`` (K,) from 0, ``scores`` (K,)."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     detections: dict[str, Tensor]
     target: dict[str, Tensor]
 
@@ -37,7 +37,10 @@ def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluatio
         found: with targets as :class:`alrp_triton.trainer.data.Batch` has them.
         categories: names by id, in the order of the labels.
     """
-    local = {"sync_on_compute": False, "box_format": "xywh"}  # what other processes found is here already
+    local: dict[str, Any] = {
+        "sync_on_compute": False,
+        "box_format": "xywh",
+    }  # what other processes found is here already
     precision = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, **local)
     precision.warn_on_many_detections = False
     olrp = OptimalLRP(class_metrics=True, **local)
@@ -48,7 +51,7 @@ def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluatio
         for metric in (precision, olrp):
             metric.update([detections], [truth])
     of_ap, of_lrp = precision.compute(), olrp.compute()
-    overall = {name: _value(of_ap[key]) for name, key in _AP.items()}
+    overall = {name: _value(of_ap[key]) for name, key in (_AP | _SIZES).items()}
     overall |= {name: float(of_lrp[key]) for name, key in _OLRP.items()}
     curves = of_ap["precision"][:, :, :, 0, -1]  # IoU, recall, class
     aps = {int(label): _value(curves[:, :, k].mean()) for k, label in enumerate(of_ap["classes"].reshape(-1))}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..integrations.head_loss import DetectorLoss
 from ..integrations.torchvision import use_ranking_loss
-from .data import Batch, seed_of
+from .data import Batch, batches_had, seed_of
 from .detectors import make_detector
 from .errors import UserError
 from .evaluate import Evaluation, Found, evaluate
@@ -49,6 +49,7 @@ class RankingDetector(LightningModule):
     Attributes:
         detector: the model of torchvision; its labels begin at ``first_label``.
         evaluation: the last one; ``found`` are its detections.
+        values: losses, weights and learning rate of the last step.
 
     Raises:
         UserError: arguments that do not go together; categories that are not those of the data.
@@ -87,6 +88,7 @@ class RankingDetector(LightningModule):
             self.detector, self.first_label = make_detector(detector, len(categories), size)
         self.evaluation: Evaluation | None = None
         self.found: list[Found] = []
+        self.values: dict[str, Tensor] = {}
         self.batches_per_epoch: int | None = None
         self.losses = self._put_in_loss(1)
 
@@ -196,19 +198,19 @@ class RankingDetector(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What is random in it depends on the batch alone, so a resumed run needs no state of random numbers."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed(seed_of(self.settings.seed, done, self.global_rank))
+        torch.manual_seed(seed_of(self.settings.seed, batches_had(self.trainer), self.global_rank))
         targets = [{"boxes": one["boxes"], "labels": one["labels"] + self.first_label} for one in batch.targets]
         losses: dict[str, Tensor] = self.detector(batch.images, targets)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         if not math.isfinite(total.item()):  # which no loss scaling causes: that may overflow gradients alone
             values = {name: loss.item() for name, loss in losses.items()}
             raise FloatingPointError(f"the loss of step {self.global_step + 1} is {total.item()}: {values}")
-        self.log_dict(losses, prog_bar=True)
-        self.log("total", total)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.values = {"total": total.detach(), "lr": torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])}
         for name, part in self.losses.items():
-            self.log_dict({f"weight_{name}": part.box_weight, f"box_error_{name}": part.box_error})
+            self.values |= {f"weight_{name}": part.box_weight, f"box_error_{name}": part.box_error}
+        self.log_dict(self.values)
+        self.log_dict(losses, prog_bar=True)
+        self.values |= {name: loss.detach() for name, loss in losses.items()}
         return total
 
     def on_validation_start(self) -> None:

@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from torch import Tensor
 from torchvision.ops import box_convert
 
 _ON_ANY = [withStroke(linewidth=3, foreground="black", alpha=0.7)]
 _TRUE, _FOUND = "#7CFC00", "#FFD400"
+_TEXT = 0.036  # height of a label, of the longer side of a picture
+
+Picture = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor] | None]
 
 
 def save_curves(history: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
@@ -25,7 +28,7 @@ def save_curves(history: Mapping[str, Sequence[Mapping[str, float]]], file: Path
         history: ``steps`` and ``evaluations``, as :class:`alrp_triton.trainer.callbacks.History` has them.
         file: a PNG to write.
     """
-    figure, ((losses, boxes), (quality, rate)) = _figure(2, 2, (11, 7.5))
+    figure, ((losses, boxes), (quality, rate)) = _figure(2, 2, 5)
     for row_of, rows in (("steps", history["steps"]), ("evaluations", history["evaluations"])):
         for name in {name: None for row in rows for name in row if name != "step"}:
             x, y = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
@@ -36,7 +39,7 @@ def save_curves(history: Mapping[str, Sequence[Mapping[str, float]]], file: Path
                 rate.plot(x, y)
             elif name.startswith(("weight_", "box_error_")):
                 boxes.plot(x, y, "--" if name.startswith("box") else "-", label=name.replace("_", " "))
-            elif name not in ("total", "epoch"):
+            elif name != "total":
                 losses.plot(x, y, label=name)
     losses.set(title="losses, as they are added up", yscale="log")
     boxes.set(title="box loss: its weight, and its mean before", yscale="log")
@@ -49,69 +52,63 @@ def save_curves(history: Mapping[str, Sequence[Mapping[str, float]]], file: Path
     figure.savefig(file, dpi=120)
 
 
-def save_detections(
-    pictures: Sequence[tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor] | None]],
-    names: Sequence[str],
-    file: Path,
-) -> None:
+def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Path) -> None:
     """Draws images with detections (solid, yellow, with scores) and ground truth (dashed, green; crowds hatched).
 
     A ranking loss fixes the order of scores, not their level: an image shows as many detections as it has objects, or
     all that are given where its truth is not known.
 
     Args:
-        pictures: image (3, H, W) in 0..1, detections, and a target as in :class:`alrp_triton.trainer.data.Batch`, or None.
+        pictures: image (3, H, W) in 0..1, detections, and a target as :class:`alrp_triton.trainer.data.Batch` has it,
+            or None.
         names: of the categories, by label.
         file: a PNG to write.
     """
     columns = min(4, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    figure, grid = _figure(rows, columns, (3.6 * columns, 3.6 * rows))
+    figure, grid = _figure(math.ceil(len(pictures) / columns), columns, 3.6)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (image, found, target) in zip(grid.flat, pictures, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        placed: list[tuple[float, float]] = []
+        taken: list[Bbox] = []
         count = len(found["scores"])
         if target is not None:
-            boxes = box_convert(target["truth"], "xywh", "xyxy").tolist()
-            for box, label, crowd in zip(
-                boxes, target["truth_labels"].tolist(), target["iscrowd"].tolist(), strict=True
-            ):
-                _draw(axes, box, _TRUE, placed, names[label], crowd=bool(crowd), below=True)
             count = int((~target["iscrowd"]).sum())
-        for box, label, score in zip(
-            *(found[key][:count].tolist() for key in ("boxes", "labels", "scores")), strict=True
-        ):
-            _draw(axes, box, _FOUND, placed, f"{names[label]} {score:.2f}")
+            boxes = box_convert(target["truth"], "xywh", "xyxy")
+            for row, label in enumerate(map(int, target["truth_labels"])):
+                _draw(axes, boxes[row], names[label], taken, truth=True, crowd=bool(target["iscrowd"][row]))
+        for row in range(min(count, len(found["scores"]))):
+            text = f"{names[int(found['labels'][row])]} {found['scores'][row]:.2f}"
+            _draw(axes, found["boxes"][row], text, taken)
     figure.suptitle("ground truth: green, dashed; crowds hatched. Detections: yellow, with scores")
     figure.savefig(file, dpi=110)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def _figure(rows: int, columns: int, side: float) -> tuple[Figure, Any]:
     """Without pyplot, whose backend belongs to the user."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(columns * side, rows * side), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, np.reshape(figure.subplots(rows, columns, squeeze=False), (rows, columns))
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _draw(
-    axes: Axes,
-    box: Sequence[float],
-    colour: str,
-    placed: list[tuple[float, float]],
-    text: str,
-    *,
-    crowd: bool = False,
-    below: bool = False,
-) -> None:
-    """A box with its label, which goes where no other is."""
-    x1, y1, x2, y2 = (side - 0.5 for side in box)
-    style = {"linestyle": "--" if below else "-", "hatch": "xx" if crowd else None}
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, path_effects=_ON_ANY, **style))
-    height = np.ptp(axes.get_ylim()) / 16
-    y = y2 + height if below else y1
-    while any(abs(y - other) < height and abs(x1 - at) < 3 * height for at, other in placed):
-        y += height if below else -height
-    placed.append((x1, y))
-    axes.text(x1, y, text, color=colour, fontsize=7, weight="bold", clip_on=True, path_effects=_ON_ANY)
+def _draw(axes: Axes, box: Tensor, text: str, taken: list[Bbox], *, truth: bool = False, crowd: bool = False) -> None:
+    """A box, and its label where no other is: of the truth below, of detections above, inside of the picture."""
+    x1, y1, x2, y2 = (box - 0.5).tolist()
+    colour = _TRUE if truth else _FOUND
+    patch = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, path_effects=_ON_ANY)
+    patch.set(linestyle="--" if truth else "-", hatch="xx" if crowd else None)
+    axes.add_patch(patch)
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    height = max(right, bottom) * _TEXT
+    width = 0.6 * height * len(text)
+    x, step = min(x1, right - width), height if truth else -height
+    y = min(y2, bottom - height) if truth else max(y1 - height, 0)
+    # Where the way is blocked up to the border, it goes the other way.
+    ways = sorted((y + step * times for times in range(-40, 41)), key=lambda at: (abs(at - y), (at - y) * step < 0))
+    for at in (at for at in ways if 0 <= at <= bottom - height):
+        label = Bbox.from_bounds(x, at, width, height)
+        if not any(label.overlaps(other) for other in taken):
+            taken.append(label.padded(-0.02 * height))
+            y = at
+            break
+    axes.text(x, y, text, color=colour, fontsize=7, weight="bold", va="top", clip_on=True, path_effects=_ON_ANY)
