@@ -231,11 +231,54 @@ def test_errors_of_evaluations(package: str) -> None:
     evaluation.cocoGt.anns[0] = evaluation.cocoGt.anns.pop(1)
     with pytest.raises(ValueError, match="cocoGt of the evaluation has an annotation with id 0"):
         coco_olrp(evaluation)
+    for number in (-1, 2**53 + 1):
+        evaluation = evaluated(package, preds, target)
+        evaluation.cocoGt.anns[number] = evaluation.cocoGt.anns.pop(1)
+        with pytest.raises(ValueError, match=rf"cocoGt .* an annotation with id {number}; ids have to be 1 to 2\*\*53"):
+            coco_olrp(evaluation)
+    twice = evaluated(package, preds, target)
+    twice.cocoGt.dataset["annotations"].append(twice.cocoGt.dataset["annotations"][0])
+    with pytest.raises(ValueError, match="cocoGt of the evaluation has an annotation whose id another has"):
+        coco_olrp(twice)
+    far = evaluated(package, preds, target)
+    far.cocoGt.imgs[2**60] = {"id": 2**60}
+    with pytest.raises(ValueError, match="cocoGt of the evaluation has an image"):
+        coco_olrp(far)
     wrong = evaluated(package, preds, target, areaRngLbl=["all"])
     with pytest.raises(
         ValueError, match=r"params.areaRngLbl of the evaluation must label each of 4 areaRng, got \['all'\]"
     ):
         coco_olrp(wrong)
+
+
+@pytest.mark.parametrize("package", COCO_PACKAGES)
+def test_all_is_found_by_its_name(package: str) -> None:
+    """And not by its place: a range of one's own may come first."""
+    preds, target = random_images(0, count=4)
+    ranges = {"small": [0, 32**2], "large": [32**2, 1e10], "all": [0, 1e10]}
+    own = evaluated(package, preds, target, areaRng=list(ranges.values()), areaRngLbl=list(ranges))
+    found, wanted = coco_olrp(own), coco_olrp(evaluated(package, preds, target))
+    np.testing.assert_array_equal(found.per_class, wanted.per_class)
+    assert found.lrp == wanted.lrp != found.by_size["small"].lrp
+    named = evaluated(package, preds, target, areaRng=[[0, 1e10]], areaRngLbl=["every"])
+    with pytest.raises(ValueError, match=r"params.areaRngLbl of the evaluation must have 'all', got \['every'\]"):
+        coco_olrp(named)
+
+
+def test_evaluations_that_were_merged_of_batches() -> None:
+    """Parts that are missing, or of other images, are no results."""
+    preds, target = random_images(0, count=3)
+    changes: list[tuple[Callable[[Any], object], str]] = [
+        (lambda one: one.ious.clear(), "evaluation has no IoUs of image"),
+        (lambda one: one.ious.update({key: [] for key in one.ious}), "evaluation has no IoUs of image"),
+        (lambda one: one.evalImgs.pop(), "evalImgs of the evaluation must have an entry for each category"),
+        (lambda one: one.evalImgs.reverse(), r"evalImgs of the evaluation has image \d+ where params.imgIds has \d+"),
+    ]
+    for change, words in changes:
+        evaluation = evaluated("pycocotools", preds, target)
+        change(evaluation)
+        with pytest.raises(ValueError, match=words):
+            coco_olrp(evaluation)
 
 
 def test_packages_are_imported_when_needed() -> None:

@@ -1,10 +1,10 @@
 """LRP and oLRP of a finished COCO evaluation. The evaluation has matched; nothing is matched here."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..boxes import TAU
 from ..checks import check_integer, check_number
 from .lrp import FloatArray, LRPErrors, lrp_at, optimal_lrp
+
+_MOST_ID = 2**53
 
 
 class COCOEvaluation(Protocol):
@@ -64,7 +66,9 @@ def coco_olrp(evaluation: COCOEvaluation, *, tau: float = TAU, max_dets: int | N
 
     Raises:
         TypeError: ``evaluation`` is none, ``tau`` or ``max_dets`` no number. ValueError: not evaluated yet, ``tau`` not
-            among its thresholds or out of [0, 1), ``max_dets`` more than was evaluated, an annotation with id 0.
+            among its thresholds or out of [0, 1), ``max_dets`` more than was evaluated, no area range that is labelled
+            ``all``, parts of the evaluation that are missing or of other images, as where batches were merged; ids that
+            it cannot carry: of annotations 1 to 2**53, of images from 0 on, and each once.
 
     Reference: Oksuz et al., ECCV 2018, arXiv:1807.01696; TPAMI 2021, arXiv:2011.10772.
     """
@@ -138,16 +142,18 @@ def _evaluate(
             f"params.areaRngLbl of the evaluation must label each of {len(params.areaRng)} areaRng, "
             f"got {params.areaRngLbl}"
         )
+    if "all" not in params.areaRngLbl:
+        raise ValueError(f"params.areaRngLbl of the evaluation must have 'all', got {params.areaRngLbl}")
 
     read = _from_faster if hasattr(evaluation, "gt_dataset") else _from_pycocotools
     errors: dict[str, list[LRPErrors]] = {label: [] for label in params.areaRngLbl}
     images = read(evaluation, params, int(close[0]))
     for index in range(len(classes)):
         for points in errors.values():
-            matches = islice(images, len(params.imgIds))
+            matches = itertools.islice(images, len(params.imgIds))
             points.append(_error(error_of(index), matches, kept, float(params.iouThrs[close[0]])))
     by_size = {label: _result(classes, points, {}) for label, points in errors.items()}
-    return _result(classes, errors[params.areaRngLbl[0]], by_size)
+    return _result(classes, errors["all"], by_size)
 
 
 def _params(evaluation: COCOEvaluation) -> Any:
@@ -158,12 +164,21 @@ def _params(evaluation: COCOEvaluation) -> Any:
     if not params:
         raise ValueError("evaluation has no results: call its evaluate() first")
     for name in ("cocoGt", "cocoDt"):
-        if 0 in getattr(evaluation, name).anns:
-            raise ValueError(
-                f"{name} of the evaluation has an annotation with id 0, which COCO evaluation takes for no match: "
-                "number annotations from 1"
-            )
+        _check_ids(name, getattr(evaluation, name))
     return params
+
+
+def _check_ids(name: str, coco: Any) -> None:
+    """The packages take an id of 0 for no match, and carry ids in doubles; of what shares an id they see the last."""
+    content = getattr(coco, "dataset", {})
+    for what, key, index, least in (("an annotation", "annotations", "anns", 1), ("an image", "images", "imgs", 0)):
+        known = getattr(coco, index, {})
+        if len(content.get(key, known)) > len(known):
+            raise ValueError(f"{name} of the evaluation has {what} whose id another has: number {key} from 1")
+        wrong = next((one for one in known if not isinstance(one, str) and not least <= one <= _MOST_ID), None)
+        if wrong is not None:
+            wanted = f"{least} to 2**53, for the evaluation loses others: number {key} from 1"
+            raise ValueError(f"{name} of the evaluation has {what} with id {wrong}; ids have to be {wanted}")
 
 
 def _error(error: Callable[..., LRPErrors], images: Iterable[_Matches], max_dets: int, tau: float) -> LRPErrors:
@@ -191,10 +206,25 @@ def _result(classes: NDArray[np.int64], points: Sequence[LRPErrors], by_size: di
     return LRPResult(*means, classes=classes, per_class=per_class, by_size=by_size)
 
 
+def _check_length(name: str, records: Sequence[Any], params: Any) -> None:
+    wanted = (len(params.catIds) if params.useCats else 1) * len(params.areaRng) * len(params.imgIds)
+    if len(records) != wanted:
+        raise ValueError(
+            f"{name} of the evaluation must have an entry for each category, area range and image, {wanted}, "
+            f"got {len(records)}: evaluate once as a whole"
+        )
+
+
 def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Iterator[_Matches]:
     """By class, area range, image. IoUs are read from ``ious``, whose columns are in the order of the dataset."""
     columns: dict[tuple[int, int], dict[int, int]] = {}
-    for record in evaluation.evalImgs:
+    _check_length("evalImgs", evaluation.evalImgs, params)
+    for record, number in zip(evaluation.evalImgs, itertools.cycle(params.imgIds), strict=False):
+        if record is not None and record["image_id"] != number:
+            raise ValueError(
+                f"evalImgs of the evaluation has image {record['image_id']} where params.imgIds has {number}: order it "
+                "by category, area range and image, or evaluate once as a whole"
+            )
         if record is None:  # neither ground truth nor detection
             yield _Matches([], [], [], [], 0)
             continue
@@ -207,10 +237,13 @@ def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Iterator[
                 categories = [category] if params.useCats else params.catIds
                 ids = [truth["id"] for c in categories for truth in truths if truth["category_id"] == c]
                 columns[key] = {truth: column for column, truth in enumerate(ids)}
-            ious = [
-                float(evaluation.ious[key][row, columns[key][int(truth)]]) if truth else 0.0
-                for row, truth in enumerate(matches)
-            ]
+            found = evaluation.ious.get(key)
+            if np.ndim(found) != 2:
+                raise ValueError(
+                    f"evaluation has no IoUs of image {image} and category {category}: what was evaluated batch by "
+                    "batch has to be merged with its ious, or evaluated once as a whole"
+                )
+            ious = [float(found[row, columns[key][int(truth)]]) if truth else 0.0 for row, truth in enumerate(matches)]
         yield _Matches(
             record["dtScores"],
             [truth != 0 for truth in matches],
@@ -224,6 +257,7 @@ def _from_faster(evaluation: Any, params: Any, tau_index: int) -> Iterator[_Matc
     """By class, area range, image. C++ records open up to pickle, which is how they travel between processes."""
     if not evaluation.separate_eval:
         evaluation, tau_index = _evaluated_separately(evaluation, params, tau_index), 0
+    _check_length("_evalImgs_cpp", evaluation._evalImgs_cpp, params)
     for record in evaluation._evalImgs_cpp:
         all_matches, _, scores, truth_ignores, all_ignores, pairs = record.__getstate__()
         start = tau_index * len(scores)  # flat [T, D]
