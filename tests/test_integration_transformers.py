@@ -218,6 +218,11 @@ def test_state_is_kept_for_each_layer() -> None:
     with torch.no_grad():
         run(model)
     assert all(torch.equal(value, before[key]) for key, value in losses.state_dict().items())
+    run(model.eval())  # a validation loss with gradients, and that of a copy
+    run(copy.deepcopy(model.train()).eval())
+    assert all(torch.equal(value, before[key]) for key, value in losses.state_dict().items())
+    run(model.train())
+    assert any(not torch.equal(value, before[key]) for key, value in losses.state_dict().items())
 
 
 def test_what_cannot_be_ranked_is_refused() -> None:

@@ -134,7 +134,7 @@ def use_ranking_loss(
         )
         for _ in range(family.passes * layers + family.encoder)
     )
-    model.loss_function = _RankingLoss(original, family.criterion, losses)
+    model.loss_function = _RankingLoss(model, original, family.criterion, losses)
     return losses
 
 
@@ -148,8 +148,8 @@ def remove_ranking_loss(model: PreTrainedModel) -> None:
 class _RankingLoss:
     """Stands in for a model's loss function; copied and pickled with the model, for it is its attribute."""
 
-    def __init__(self, original: FunctionType, criterion: str, losses: nn.ModuleList) -> None:
-        self.original, self.criterion, self.losses = original, criterion, losses
+    def __init__(self, model: nn.Module, original: FunctionType, criterion: str, losses: nn.ModuleList) -> None:
+        self.model, self.original, self.criterion, self.losses = model, original, criterion, losses
         first: Any = losses[0]
         self.ranks_boxes = first.loss == "alrp"
 
@@ -158,6 +158,7 @@ class _RankingLoss:
     ) -> Any:
         # The function itself makes its criterion, of a class that it finds by name. So it is called with this name
         # standing for ours, in a namespace of its own: transformers' is left alone, and other models with it.
+        self.losses.train(self.model.training)  # what balances records nothing of a validation loss
         theirs = self.original.__globals__[self.criterion]
         state = {"head_losses": self.losses, "ranks_boxes": self.ranks_boxes}
         ours = type(self.criterion, (_Ranked, theirs), state)
