@@ -5,7 +5,7 @@
     alrp-train fit --data.root DIR --out RUN          trains; ends with AP, oLRP and thresholds by category
     alrp-train fit --out RUN --resume                 goes on where RUN stopped, with its settings
     alrp-train fit --out RUN --resume --trainer.max_epochs 200     and makes it longer
-    alrp-train validate --run RUN --data.root DIR     evaluates the best checkpoint of RUN
+    alrp-train validate --run RUN                     evaluates the best checkpoint of RUN, on its data or others
     alrp-train predict --run RUN --images FOLDER      detects; writes COCO's format of results, and pictures
 
 Each command has --help, and takes --config FILE, such as the config.yaml that a run leaves.
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -85,9 +86,14 @@ class _Fit(LightningCLI):
                 config.model.box_coder = about.get("box_coder", "model")
                 rank_zero_info(f"boxes are coded as in {config.weights}: model.box_coder={config.model.box_coder}")
 
+    def _save_config(self, trainer: Trainer, _: Any) -> None:
+        """Once it is known that a checkpoint to resume is of these settings."""
+        if trainer.is_global_zero:
+            self.parser.save(self.config, self.config.out / _CONFIG, overwrite=True, skip_none=False)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
-        callbacks: list[Any] = [History(), Progress(), KeepLast(out)]
+        callbacks: list[Any] = [History(), Progress(), KeepLast(out), LambdaCallback(on_train_start=self._save_config)]
         callbacks.append(ModelCheckpoint(out, Path(BEST).stem, monitor="AP", mode="max", enable_version_counter=False))
         if config.ema is not None:
             callbacks.append(EMAWeightAveraging(decay=config.ema))
@@ -126,8 +132,6 @@ def fit(words: Sequence[str]) -> int:
         rank_zero_info(f"{config.weights}: {load_weights(model.detector, cli.tensors)}")
     _advise(config, trainer)
     config.out.mkdir(parents=True, exist_ok=True)
-    if trainer.is_global_zero:
-        cli.parser.save(config, config.out / _CONFIG, overwrite=True, skip_none=False)
     if config.evaluate_first and not config.resume:
         trainer.validate(model, datamodule=data, verbose=False)
     trainer.fit(model, datamodule=data, ckpt_path=config.out / LAST if config.resume else None, weights_only=True)
@@ -229,6 +233,10 @@ def validate(words: Sequence[str]) -> int:
     parser = _parser("validate")
     parser.add_argument("--out", type=Path | None, help="file for the metrics, as JSON")
     parser.add_class_arguments(CocoDataModule, "data")
+    before = Path(words[words.index("--run") + 1]) / _CONFIG if "--run" in words[:-1] else None
+    if before is not None and before.is_file():  # the data of the run, but for what is given
+        settings = yaml.safe_load(before.read_text(encoding="utf-8"))["data"]
+        parser.set_defaults({f"data.{name}": value for name, value in settings.items()})
     config = parser.parse_args(list(words))
     model, _ = _trained(config.run)
     data = cast("Any", parser.instantiate_classes(config)).data

@@ -38,23 +38,22 @@ def find_part(root: Path, name: str) -> Part:
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
-    files = sorted((root / "annotations").glob("*.json")) + sorted(root.glob(f"{name}/_annotations.coco.json"))
-    found = [file for file in files if file.stem == name] or [file for file in files if _has_words(file, name)]
-    found = [file for file in found if file.name.startswith("instances")] or found
+    files = {file.stem: file for file in sorted((root / "annotations").glob("*.json"))}
+    files |= {file.parent.name: file for file in sorted(root.glob("*/_annotations.coco.json"))}
+    found = [one for one in files if one == name] or [one for one in files if _has_words(one, name)]
+    found = [one for one in found if one.startswith("instances")] or found
     if len(found) != 1:
-        seen = ", ".join(file.name for file in found or files) or "none"
-        raise UserError(f"want one file {root}/annotations/*{name}*.json, found {seen}")
-    (file,) = found
-    names = [file.stem.split("_")[-1], file.stem, name]
+        seen = ", ".join(str(files[one].relative_to(root)) for one in found or files) or "none"
+        raise UserError(f"want one file annotations/*{name}*.json in {root}, found {seen}")
+    (stem,) = found
+    file, names = files[stem], (stem.split("_")[-1], stem, name)
     folders = [*(root / one for one in names), *(root / "images" / one for one in names), root / "images", root]
     return Part(file, tuple(folder for folder in dict.fromkeys(folders) if folder.is_dir()))
 
 
-def _has_words(file: Path, name: str) -> bool:
-    words, wanted = (
-        re.findall("[a-z]+|[0-9]+", text.lower()) for text in (str(file.parent.name + "/" + file.stem), name)
-    )
-    return any(words[first : first + len(wanted)] == wanted for first in range(len(words))) and bool(wanted)
+def _has_words(text: str, name: str) -> bool:
+    words, wanted = (re.findall("[a-z]+|[0-9]+", one.lower()) for one in (text, name))
+    return any(words[first : first + len(wanted)] == wanted != [] for first in range(len(words)))
 
 
 class Coco:
