@@ -158,6 +158,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     # With groups what they add is in the code; without, it is not.
     one = {"groups_ptr": None}
     many = triton_prefix.AMD if target.startswith("gfx") else triton_prefix.MANY
+    many = triton_prefix.SOME if target == "sm_100" else many  # as launch() has it
     steps = [(" in groups", {"HARD": False}, many)]
     if target == "sm_90":
         soft, hard = one | {"HARD": False}, one | {"HARD": True}

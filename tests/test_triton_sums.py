@@ -374,6 +374,9 @@ def test_few_forms_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     changes = [count for count, (form, after) in enumerate(pairwise(of), 1) if form != after]
     assert changes == [256, 512, 1024, 1536]
     assert {form["BLOCK"] for form in of} == {256, 512, 1024}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))  # there MANY spills
+    assert {triton_prefix.launch(count)["BLOCK"] for count in (1, 300, 5000)} == {256, 512}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert all(triton_prefix.launch(count) == triton_prefix.AMD for count in (1, 300, 5000))
 

@@ -211,4 +211,9 @@ def launch(count: int) -> dict[str, int]:
     if count <= FEW["BLOCK"]:
         return FEW
     # Two blocks of MANY take longer than three of SOME.
-    return SOME if -(-count // SOME["BLOCK"]) in (1, 3) else MANY
+    return SOME if -(-count // SOME["BLOCK"]) in (1, 3) or _spills_many() else MANY
+
+
+def _spills_many() -> bool:
+    """Whether this GPU is of those for which ptxas saves some of the registers of MANY: compute capability 10."""
+    return torch.cuda.is_initialized() and torch.cuda.get_device_capability()[0] == 10
