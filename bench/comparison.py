@@ -9,6 +9,7 @@ ended at with the result file, bit for bit.
 
 import argparse
 import json
+import logging
 import math
 import os
 import subprocess
@@ -17,19 +18,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from scipy.stats import rankdata
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from examples.coco.data import CocoDetection, find_split
-from examples.coco.evaluate import Detections, as_results, detect, evaluate
-from examples.coco.train import Run, Settings, box_coder_of
+from alrp_triton.trainer import CocoDataModule, Found, RankingDetector
+from alrp_triton.trainer.callbacks import History
 from examples.digits import write
 
 from .probes import LossClock, Probe
@@ -64,31 +65,45 @@ CPU = torch.device("cpu")
 _LOGGED = 10  # steps
 
 
-def settings_of(name: str, lr: float, seed: int, steps: int) -> Settings:
-    """What a run of the comparison is."""
-    contender = CONTENDERS[name]
-    return Settings(
-        detector="retinanet_small", assignment="iou", size=128, batch=BATCH, steps=steps, optimizer="adamw", lr=lr,
-        warm_up=WARM_UP, schedule="cosine", period=PERIOD, flip=False, amp="off", freeze_norm=False, seed=seed,
-        box_coder=box_coder_of("retinanet_small", contender.loss),
-        **contender._asdict(),
-    )  # fmt: skip
+def settings_of(name: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """What a run of the comparison is: arguments of :class:`RankingDetector`, and ``batch`` and ``steps``."""
+    return {
+        "detector": "retinanet_small", "size": 128, "batch": BATCH, "steps": steps, "optimizer": "adamw", "lr": lr,
+        "warm_up": WARM_UP, "schedule": "cosine", "period": PERIOD, "seed": seed, **CONTENDERS[name]._asdict(),
+    }  # fmt: skip
 
 
-def true_positives(data: CocoDetection, detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray]:
+def _make(settings: dict[str, Any], folder: Path) -> tuple[RankingDetector, CocoDataModule]:
+    data = CocoDataModule(folder, batch=settings["batch"], workers=0, flip=False, seed=settings["seed"])
+    of_model = {name: value for name, value in settings.items() if name not in ("batch", "steps")}
+    return RankingDetector(data.categories, **of_model), data
+
+
+def true_positives(found: Sequence[Found]) -> tuple[np.ndarray, np.ndarray]:
     """Scores and IoUs of the detections that are true at an IoU of 0.5: best score first, each truth found once."""
     scores: list[float] = []
     ious: list[float] = []
-    for found in detections:
-        truth = data.targets[found["image_id"]]
-        overlaps = box_iou(found["boxes"], truth["boxes"])
-        overlaps[found["labels"][:, None] != truth["labels"][None]] = 0
-        for index in found["scores"].argsort(descending=True, stable=True).tolist():
+    for _, one, truth in found:
+        overlaps = box_iou(one["boxes"], truth["boxes"])
+        overlaps[one["labels"][:, None] != truth["labels"][None]] = 0
+        for index in one["scores"].argsort(descending=True, stable=True).tolist():
             if overlaps.shape[1] and (best := overlaps[index].max(0)).values >= 0.5:
                 overlaps[:, best.indices] = 0
-                scores.append(found["scores"][index].item())
+                scores.append(one["scores"][index].item())
                 ious.append(best.values.item())
     return np.array(scores), np.array(ious)
+
+
+class _Log(History):
+    """Also the gradients."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.probe = Probe(pl_module.detector)  # before the loss that was put in just now
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self.steps[-1] |= self.probe.gradients()
 
 
 def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -97,34 +112,30 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
     ``diverged`` is the step whose losses were not finite, where the run ended, or None.
     """
     torch.set_num_threads(1)  # two runs at a time, on two cores
-    data, held_out = (CocoDetection(find_split(folder, part)) for part in ("train", "val"))
-    run = Run(settings_of(name, lr, seed, steps), data, CPU)
-    probe = Probe(run.model)
-    log: list[dict[str, float]] = []
-    evaluations: list[dict[str, float]] = []
-    detections: list[Detections] = []
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    settings, log = settings_of(name, lr, seed, steps), _Log()
+    model, data = _make(settings, folder)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[log],
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=_LOGGED,
+        max_steps=steps, val_check_interval=steps // EVALUATIONS, check_val_every_n_epoch=None,
+    )  # fmt: skip
     diverged: int | None = None
     begin = time.perf_counter()
-    for batch in run.batches(steps, workers=0):
-        values = run.take_step(batch)
-        if not math.isfinite(values["total"]):
-            diverged = run.step
-            break
-        if run.step % _LOGGED == 0:
-            log.append({"step": run.step} | values | probe.gradients())
-        if run.step % (steps // EVALUATIONS) == 0:
-            detections = detect(run.model, held_out, run.detector.first_label, CPU, 25, workers=0)
-            evaluations.append({"step": run.step} | evaluate(as_results(detections, held_out), held_out))
-    scores, ious = true_positives(held_out, detections)
+    try:
+        trainer.fit(model, datamodule=data)
+    except FloatingPointError:
+        diverged = trainer.global_step + 1
+    scores, ious = true_positives(model.found)
     ranks = [rankdata(values) for values in (scores, ious)]
     correlation = float(np.corrcoef(*ranks)[0, 1]) if len(scores) > 2 else math.nan  # Spearman's
     return {
         "contender": name,
         "seed": seed,
-        "settings": asdict(run.settings),
+        "settings": settings,
         "diverged": diverged,
-        "log": log,
-        "evaluations": evaluations,
+        "log": log.steps,
+        "evaluations": log.evaluations,
         "true_positives": len(scores),
         "score_iou_correlation": correlation,
         "mean_iou": float(ious.mean()) if len(ious) else math.nan,
@@ -134,16 +145,19 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
 
 def time_all(folder: Path, turns: int) -> dict[str, Any]:
     """Steps of all losses in turn, on both cores: milliseconds of a step, and of the loss in it."""
-    data = CocoDetection(find_split(folder, "train"))
-    runs = {name: Run(settings_of(name, 1e-3, 0, turns + 3), data, CPU) for name in CONTENDERS}
-    clocks = {name: LossClock(run.model) for name, run in runs.items()}
-    loaders = {name: iter(run.batches(turns + 3, workers=0)) for name, run in runs.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for turn in tqdm(range(turns + 3), desc="time of a step", unit="turn"):
-        for name, run in runs.items():
-            batch = next(loaders[name])
+    made = {name: _make(settings_of(name, 1e-3, 0, turns + 3), folder) for name in CONTENDERS}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-3) for name, (model, _) in made.items()}
+    clocks = {name: LossClock(model.detector) for name, (model, _) in made.items()}
+    _, data = next(iter(made.values()))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    turn_of = tqdm(range(turns + 3), desc="time of a step", unit="turn")
+    for turn, batch in zip(turn_of, cycle(data.train_dataloader())):
+        for name, (model, _) in made.items():
             begin = time.perf_counter()
-            run.take_step(batch)
+            losses = model.detector(batch.images, batch.targets)  # of a RetinaNet: both have labels from 0
+            optimizers[name].zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
+            optimizers[name].step()
             if turn >= 3:
                 seconds[name].append((time.perf_counter() - begin, clocks[name].watch.seconds))
     logits = next(iter(clocks.values())).positive
@@ -183,7 +197,7 @@ def _run_apart(jobs: Sequence[tuple[str, float, int, int]], data: Path, work: Pa
             command += ["--name", name, "--lr", str(lr), "--seed", str(seed), "--steps", str(steps)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         result = json.loads(file.read_text())
-        if result["settings"] != asdict(settings_of(name, lr, seed, steps)):
+        if result["settings"] != settings_of(name, lr, seed, steps):
             raise ValueError(f"{file} is of a run with other settings: remove {work}")
         return result
 
@@ -256,8 +270,11 @@ def check(file: Path, work: Path) -> dict[str, Any]:
     before = {(entry["contender"], entry["lr"]): entry["end"] for entry in report["tuning"]}
     for run in repeated:
         name, now = run["contender"], None if run["diverged"] else run["evaluations"][-1]
-        if json.dumps(now) != json.dumps(before[name, chosen[name]]):  # as text, for NaN is no equal of NaN
-            raise ValueError(f"{name} ended at {now}, the result file says {before[name, chosen[name]]}")
+        wanted = before[name, chosen[name]]
+        # As text, for NaN is no equal of NaN; of float32, as evaluations are and those of older files were not.
+        texts = [end and [str(np.float32(end[key])) for key in wanted or ()] for end in (now, wanted)]
+        if texts[0] != texts[1]:
+            raise ValueError(f"{name} ended at {now}, the result file says {wanted}")
     now = describe_run(CPU)
     report["checked"] = {"runs": len(repeated), "commit": now["commit"], "dirty": now["dirty"], "date": now["date"]}
     return report

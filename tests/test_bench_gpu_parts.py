@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from bench.problems import CASES, Size, as_dense, classes_of, draw_problem
 from bench.report import fill
 from tests import test_loss
 from tests.cases import draw
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 needs_torchvision = pytest.mark.skipif(not find_spec("torchvision"), reason="focal loss is torchvision's")
@@ -565,3 +567,15 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
             command.main(wrong)
     assert command.main(["show", str(command.RESULTS / "cpu.json")]) == 0
     assert "## anchors" in capsys.readouterr().out
+
+
+@needs_torchvision
+def test_the_training_asks_for_no_lightning() -> None:
+    pytest.importorskip("sklearn")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('lightning', 'torchmetrics', 'faster_coco_eval')));"
+        "from bench.gpu import training; from bench.gpu.work import Context;"
+        "print([one['falls'] for one in training._train(Context(True, 60.0))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[True, True]\n", done.stderr

@@ -1,7 +1,6 @@
 """The comparison of losses: what its probes see, which detections are true, and the tables and plots made of it."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("torchvision.ops", reason="the comparison needs torchvision", exc_type=ImportError)
+pytest.importorskip("alrp_triton.trainer", reason="the comparison trains with it", exc_type=ImportError)
 pytest.importorskip("sklearn", reason="the comparison's data are scikit-learn's")
 pytest.importorskip("faster_coco_eval", reason="the comparison evaluates with faster-coco-eval")
 
+from alrp_triton.trainer import Found
 from bench import comparison, side_by_side
 from examples import digits
-from examples.coco.data import CocoDetection, Split
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),  # of Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
 
 SCENES, HELD_OUT = 24, 3
 
@@ -65,25 +69,15 @@ def test_a_run(report: dict[str, Any]) -> None:
     assert first != second  # of other seeds
 
 
-def test_true_positives(tmp_path: Path) -> None:
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],
-        "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]},
-            {"id": 2, "image_id": 1, "category_id": 2, "bbox": [50, 50, 10, 10]},
-        ],
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-    }
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    data = CocoDetection(Split(tmp_path / "a.json", tmp_path))
+def test_true_positives() -> None:
     boxes = [[0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60], [50, 50, 60, 56], [0, 0, 4, 10]]
-    found = {
-        "image_id": 1,
+    detections = {
         "boxes": torch.tensor(boxes, dtype=torch.float32),
         "labels": torch.tensor([0, 0, 0, 1, 0]),  # the third is of another class
         "scores": torch.tensor([0.9, 0.8, 0.7, 0.6, 0.95]),  # the last has an IoU of 0.4
     }
-    scores, ious = comparison.true_positives(data, [found])
+    truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]), "labels": torch.tensor([0, 1])}
+    scores, ious = comparison.true_positives([Found(0, detections, truth)])
     assert np.allclose(scores, [0.9, 0.6])
     assert np.allclose(ious, [0.8, 0.6])
 
@@ -126,12 +120,14 @@ def test_the_best_learning_rate_is_not_the_last_that_was_tried(monkeypatch: pyte
 
 
 def test_a_run_that_diverges(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step = comparison.Run.take_step
+    training_step = comparison.RankingDetector.training_step
 
-    def diverges(run: Any, batch: Any) -> dict[str, float]:
-        return take_step(run, batch) | ({"total": float("nan")} if run.step == 3 else {})
+    def diverges(model: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        if model.global_step == 2:
+            batch.images[0] *= np.nan
+        return training_step(model, batch, batch_idx)
 
-    monkeypatch.setattr(comparison.Run, "take_step", diverges)
+    monkeypatch.setattr(comparison.RankingDetector, "training_step", diverges)
     run = comparison.train_one("aLRP", 1e-3, 0, 4, scenes)
     assert run["diverged"] == 3
     assert [entry["step"] for entry in run["evaluations"]] == [1, 2]
@@ -159,7 +155,7 @@ def test_what_is_left_of_a_comparison_is_taken_up_again(tmp_path: Path, monkeypa
     for _ in range(2):
         assert comparison._kept(tmp_path / "x.json", lambda: made.append(1) or {"a": 1}) == {"a": 1}  # pyright: ignore[reportPrivateUsage]
     assert made == [1]
-    done = {"settings": asdict(comparison.settings_of("aLRP", 1e-3, 0, 4))}
+    done = {"settings": comparison.settings_of("aLRP", 1e-3, 0, 4)}
     (tmp_path / "aLRP-0.001-0-4.json").write_text(json.dumps(done))
     monkeypatch.setattr("subprocess.run", None)  # it was done
     assert comparison._run_apart([("aLRP", 1e-3, 0, 4)], tmp_path, tmp_path) == [done]  # pyright: ignore[reportPrivateUsage]
@@ -181,6 +177,8 @@ def test_a_result_file_is_checked_by_repeating(
 
     monkeypatch.setattr(comparison, "write", nothing)
     monkeypatch.setattr(comparison, "_run_apart", repeated)
+    end = report["tuning"][1]["end"]
+    report["tuning"][1]["end"] = {key: (1 + 1e-12) * end[key] for key in ("AP", "oLRP")}  # as in files of before
     (tmp_path / "x.json").write_text(json.dumps(report))
     assert comparison.check(tmp_path / "x.json", tmp_path)["checked"]["runs"] == 2
     monkeypatch.setitem(runs[0], "diverged", 3)

@@ -6,8 +6,9 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -230,47 +231,46 @@ HERE: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def trainer() -> dict[str, Callable[[], str]]:
-    from examples.coco import __main__ as command
-    from examples.coco.train import LEARNING_RATES, Run
+    import yaml
+    from lightning.pytorch import Trainer
 
-    options = command._parser().parse_args(["train", "--data", "x", "--out", "y"])
-    data: Any = [None] * 320
-    settings = command._settings(options, data, None)
-    run: Any = SimpleNamespace(settings=settings, model=torch.nn.Linear(2, 2), step=0)
-    make: Callable[[Any], torch.optim.Optimizer] = Run._make_optimizer
-    rate: Callable[[Any], float] = cast("Any", Run.lr).fget
+    from alrp_triton.trainer import LEARNING_RATES, RankingDetector
+    from alrp_triton.trainer.cli import fit
+
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        fit(["--data.root", "x", "--out", "y", "--print_config"])
+    config: Any = yaml.safe_load(printed.getvalue())
+    model: Any = RankingDetector({1: "a"}, **config["model"])
+    epochs = config["trainer"]["max_epochs"]
+    model.trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.batches_per_epoch, model.images_per_step = 10, config["data"]["batch"]
+    (optimizer,), _ = model.configure_optimizers()
 
     def down() -> str:
-        rates = list[float]()
-        for step in range(600, settings.steps):
-            run.step = step
-            rates.append(round(rate(run), 12))
+        steps = range(600, model.total_steps)
+        rates = [round(model._share_of_lr(step), 12) for step in steps]
         falls = [600 + k + 1 for k, (one, other) in enumerate(pairwise(rates)) if other != one]
-        return ", ".join(number(round(fall / settings.steps, 3)) for fall in falls)
+        return ", ".join(number(round(fall / model.total_steps, 3)) for fall in falls)
 
     def of(detector: str, loss: str) -> Callable[[], str]:
         return lambda: number(LEARNING_RATES[detector][loss])
 
-    def clipping() -> str:
-        sources = [(ROOT / "examples" / "coco" / name).read_text() for name in ("train.py", "__main__.py")]
-        return "none" if not any("clip_grad" in source for source in sources) else "some"
-
     return {
-        "optimiser": lambda: {torch.optim.SGD: "sgd"}[cast("Any", type(make(run)))],
-        "momentum": lambda: number(make(run).defaults["momentum"]),
-        "weight decay": lambda: number(make(run).defaults["weight_decay"]),
-        "warm-up, steps": lambda: number(settings.warm_up),
+        "optimiser": lambda: {torch.optim.SGD: "sgd"}[type(optimizer)],
+        "momentum": lambda: number(optimizer.defaults["momentum"]),
+        "weight decay": lambda: number(optimizer.defaults["weight_decay"]),
+        "warm-up, steps": lambda: number(model.settings.warm_up),
         "steps down at, share of the epochs": down,
-        "epochs": lambda: number(options.epochs),
-        "images a step": lambda: number(settings.batch),
-        "size of images": lambda: number(settings.size),
+        "epochs": lambda: number(epochs),
+        "images a step": lambda: number(model.images_per_step),
+        "size of images": lambda: number(model.settings.size),
         "learning rate of aLRP, RetinaNet": of("retinanet", "alrp"),
         "learning rate of aLRP, Faster R-CNN": of("fasterrcnn", "alrp"),
         "learning rate of AP, RetinaNet": of("retinanet", "ap"),
         "learning rate of Rank & Sort, ATSS": of("retinanet", "rank_sort"),
         "learning rate of Rank & Sort, Faster R-CNN": of("fasterrcnn", "rank_sort"),
-        "deviations of deltas": lambda: deviations(box_coder=settings.box_coder),
-        "clipping of gradients": clipping,
+        "deviations of deltas": lambda: deviations(box_coder=model.settings.box_coder),
+        "clipping of gradients": lambda: "none" if config["trainer"]["gradient_clip_val"] is None else "some",
     }
 
 
@@ -280,8 +280,7 @@ def test_a_constant(section: str, name: str) -> None:
 
 
 def test_the_recipe_of_the_trainer() -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("faster_coco_eval")
+    pytest.importorskip("alrp_triton.trainer", exc_type=ImportError)
     found = trainer()
     assert {name: row.here for name, row in rows("Recipe of the trainer").items()} == {
         name: value() for name, value in found.items()

@@ -6,18 +6,24 @@ backward pass have a time of their own; the others are as they are in any traini
 """
 
 import math
-import tempfile
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+import alrp_triton
+
+from ..probes import DeviceWatch, HostWatch, LossClock
 from .clock import quantiles
 from .work import Context, Record, Unit
 
-LOSSES = {"aLRP": ("alrp", None), "focal + GIoU": ("torchvision", "giou")}
+LOSSES = ("aLRP", "focal + GIoU")
 _SCENES, _BATCH, _STEPS, _SIZE = 256, 16, 1500, 128
 _BLOCK, _ALONE = 12, 4  # steps of a block, and in so many of them the loss is taken apart
 _FIRST = 20  # steps, whose mean loss the last are compared with; the time of the first block is not counted
@@ -33,38 +39,56 @@ def units(shard: str, context: Context) -> list[Unit]:
     return [Unit("training", partial(_train, context))]
 
 
-def _settings(name: str, context: Context) -> Any:
-    from examples.coco.train import Settings, box_coder_of  # needs torchvision, and what the demo's data needs
+def _detector(size: int) -> Any:
+    """The demo's. It is the trainer's, and the package of that wants Lightning, which is not asked for here."""
+    from examples.digits import NUM_CLASSES
 
-    loss, box_loss = LOSSES[name]
-    return Settings(
-        detector="retinanet_small", loss=loss, box_loss=box_loss, box_weight=None, assignment="iou",
-        size=64 if context.rehearse else _SIZE,
-        batch=2 if context.rehearse else _BATCH, steps=_STEPS, optimizer="adamw", lr=3e-3, warm_up=50,
-        schedule="cosine", period=50, flip=False, amp="bf16", freeze_norm=False, seed=0,
-        box_coder=box_coder_of("retinanet_small", loss),
-    )  # fmt: skip
+    package = ModuleType("alrp_triton.trainer")
+    package.__path__ = [str(Path(alrp_triton.__file__).parent / "trainer")]
+    sys.modules.setdefault(package.__name__, package)
+    from alrp_triton.trainer.detectors import SMALL, make_detector
+
+    return make_detector(SMALL, NUM_CLASSES, size)[0]
 
 
 class _Training:
     """One of the two, and what was seen of it."""
 
-    def __init__(self, name: str, data: Any, context: Context) -> None:
-        from examples.coco.train import Run
-
-        from ..probes import DeviceWatch, HostWatch, LossClock
+    def __init__(self, name: str, context: Context) -> None:
+        from alrp_triton.integrations.torchvision import use_ranking_loss
 
         self.context = context
         self.watch = HostWatch if context.rehearse else DeviceWatch
-        self.run = Run(_settings(name, context), data, context.device)
-        self.head: Any = self.run.model.get_submodule("head")
+        torch.manual_seed(0)
+        self.model = _detector(64 if context.rehearse else _SIZE).to(context.device)
+        self.head: Any = self.model.head
+        if name == "aLRP":
+            use_ranking_loss(self.model, "alrp", period=50, box_coder="published")
+        else:
+            self.head.regression_head._loss_type = "giou"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-3, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1, (step + 1) / 51) * (1 + math.cos(math.pi * step / _STEPS)) / 2
+        )
+        self.taken = 0
         plain = self.head.compute_loss
-        self.alone = LossClock(self.run.model, self.watch())
+        self.alone = LossClock(self.model, self.watch())
         self.methods = {False: plain, True: self.alone.compute_loss}
         self.steps: list[float] = []
         self.losses: list[float] = []
         self.scores: list[float] = []
         self.finite = True
+
+    def take_step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
+        with torch.autocast(self.context.device.type, torch.bfloat16):
+            losses: dict[str, Tensor] = self.model(images, targets)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.taken += 1
+        return {name: loss.item() for name, loss in losses.items()}
 
     def take_block(self, batches: list[Any], count: bool) -> None:
         alone = 1 if self.context.rehearse else _ALONE
@@ -73,47 +97,41 @@ class _Training:
             self.head.compute_loss = self.methods[apart]
             watch = self.watch()
             watch.start()
-            values = self.run.take_step(batches[self.run.step % len(batches)])
+            values = self.take_step(*batches[self.taken % len(batches)])
             watch.stop()
-            self.finite &= math.isfinite(values["total"])
+            self.finite &= math.isfinite(sum(values.values()))
             if not apart:  # of aLRP the total may rise with the weight of its second part
                 self.scores.append(values["classification"])
             if count:
                 (self.losses if apart else self.steps).append(1e3 * (self.alone.watch if apart else watch).seconds)
 
 
-def _batches(data: Any, size: int, device: torch.device) -> list[Any]:
-    """On the device already: what is timed is no loading of images."""
-    from examples.coco.data import Batch
+def _batches(scenes: int, size: int, device: torch.device) -> list[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    """Those that the demo's command writes, on the device already: what is timed is no loading of images."""
+    from examples.digits import compose_scene, split_digits  # needs scikit-learn
 
-    found: list[Any] = []
-    for begin in range(0, len(data) - size + 1, size):
-        samples = [data[k] for k in range(begin, begin + size)]
-        images = [sample.image.to(device) for sample in samples]
-        targets = [{key: value.to(device) for key, value in sample.target.items()} for sample in samples]
-        found.append(Batch(images, targets, [sample.image_id for sample in samples]))
-    return found
+    split, rng, _ = (np.random.default_rng(seed) for seed in np.random.SeedSequence(0).spawn(3))
+    digits, _ = split_digits(split)
+    images: list[Tensor] = []
+    targets: list[dict[str, Tensor]] = []
+    for image, target in (compose_scene(digits, rng) for _ in range(scenes)):
+        images.append((255 * image).round().div(255).expand(3, -1, -1).to(device))
+        targets.append({key: value.to(device) for key, value in target.items()})
+    return [(images[k : k + size], targets[k : k + size]) for k in range(0, scenes, size)]
 
 
 def _train(context: Context) -> Iterator[Record]:
-    from examples.coco.data import CocoDetection, find_split
-    from examples.digits import write
-
-    with tempfile.TemporaryDirectory() as folder:
-        scenes = 4 if context.rehearse else _SCENES
-        write(Path(folder), scenes, 1, seed=0)
-        data = CocoDetection(find_split(Path(folder), "train"))
-        batch = 2 if context.rehearse else _BATCH
-        batches = _batches(data, batch, context.device)
-        trainings = {name: _Training(name, data, context) for name in LOSSES}
+    batch = 2 if context.rehearse else _BATCH
+    batches = _batches(4 if context.rehearse else _SCENES, batch, context.device)
+    trainings = {name: _Training(name, context) for name in LOSSES}
+    for training in trainings.values():
+        training.take_block(batches, count=False)
+    most = 1 if context.rehearse else _STEPS // _BLOCK - 1
+    for block in range(most):
+        if context.left <= 0 and block:
+            break
         for training in trainings.values():
-            training.take_block(batches, count=False)
-        most = 1 if context.rehearse else _STEPS // _BLOCK - 1
-        for block in range(most):
-            if context.left <= 0 and block:
-                break
-            for training in trainings.values():
-                training.take_block(batches, count=True)
+            training.take_block(batches, count=True)
     for name, training in trainings.items():
         yield _record(name, training, batch)
 
@@ -126,7 +144,7 @@ def _record(name: str, training: _Training, batch: int) -> Record:
     return {
         "what": "training",
         "loss": name,
-        "steps": training.run.step,
+        "steps": training.taken,
         "batch": batch,
         "logits": marks.numel(),
         "positives": int(marks.sum()),
