@@ -92,7 +92,7 @@ def test_layers_import_one_way() -> None:
             "coco",
             "data",
             "detectors",
-            "evaluate",
+            "evaluation",
             "module",
             "callbacks",
             "pictures",

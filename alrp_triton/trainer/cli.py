@@ -34,7 +34,7 @@ from .coco import find_part
 from .data import CocoDataModule, CocoDetection, Images, collate
 from .detectors import SMALL, load_weights, read_weights
 from .errors import UserError
-from .evaluate import Found, as_results
+from .evaluation import Found, as_results
 from .module import RankingDetector
 from .pictures import save_curves, save_detections
 
@@ -117,6 +117,7 @@ def fit(words: Sequence[str]) -> int:
         CocoDataModule,
         save_config_callback=None,
         seed_everything_default=False,
+        auto_configure_optimizers=False,
         trainer_defaults={
             "max_epochs": 100,
             "log_every_n_steps": 10,

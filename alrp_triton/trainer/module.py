@@ -13,7 +13,7 @@ from ..integrations.torchvision import use_ranking_loss
 from .data import Batch, batches_had, seed_of
 from .detectors import make_detector
 from .errors import UserError
-from .evaluate import Evaluation, Found, evaluate
+from .evaluation import Evaluation, Found, evaluate
 
 LEARNING_RATES = {
     "retinanet": {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.016, "torchvision": 0.02},
@@ -117,7 +117,7 @@ class RankingDetector(LightningModule):
         return DetectorLoss()
 
     def setup(self, stage: str) -> None:
-        """Tells the loss how long an epoch is, and which processes rank together."""
+        """Puts the loss in anew, which knows now how long an epoch is, and which processes rank together."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             seen = (data.training if stage == "fit" else data.held_out).coco.categories

@@ -6,18 +6,13 @@ backward pass have a time of their own; the others are as they are in any traini
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-import alrp_triton
 
 from ..probes import DeviceWatch, HostWatch, LossClock
 from .clock import quantiles
@@ -39,28 +34,20 @@ def units(shard: str, context: Context) -> list[Unit]:
     return [Unit("training", partial(_train, context))]
 
 
-def _detector(size: int) -> Any:
-    """The demo's. It is the trainer's, and the package of that wants Lightning, which is not asked for here."""
-    from examples.digits import NUM_CLASSES
-
-    package = ModuleType("alrp_triton.trainer")
-    package.__path__ = [str(Path(alrp_triton.__file__).parent / "trainer")]
-    sys.modules.setdefault(package.__name__, package)
-    from alrp_triton.trainer.detectors import SMALL, make_detector
-
-    return make_detector(SMALL, NUM_CLASSES, size)[0]
-
-
 class _Training:
     """One of the two, and what was seen of it."""
 
     def __init__(self, name: str, context: Context) -> None:
+        # These need torchvision, and what the demo's data needs.
         from alrp_triton.integrations.torchvision import use_ranking_loss
+        from alrp_triton.trainer.detectors import SMALL, make_detector
+        from examples.digits import NUM_CLASSES
 
         self.context = context
         self.watch = HostWatch if context.rehearse else DeviceWatch
         torch.manual_seed(0)
-        self.model = _detector(64 if context.rehearse else _SIZE).to(context.device)
+        self.model, _ = make_detector(SMALL, NUM_CLASSES, 64 if context.rehearse else _SIZE)
+        self.model.to(context.device)
         self.head: Any = self.model.head
         if name == "aLRP":
             use_ranking_loss(self.model, "alrp", period=50, box_coder="published")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
@@ -41,7 +42,10 @@ def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluatio
         "sync_on_compute": False,
         "box_format": "xywh",
     }  # what other processes found is here already
-    precision = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, **local)
+    # COCO's thresholds in float64: torchmetrics' own are float32's, and a recall of 3 / 5 misses its own of them.
+    ious, recalls = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
+    thresholds: dict[str, Any] = {"iou_thresholds": ious, "rec_thresholds": recalls}
+    precision = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, **thresholds, **local)
     precision.warn_on_many_detections = False
     olrp = OptimalLRP(class_metrics=True, **local)
     for one in found:

@@ -1,1 +1,0 @@
-"""Trains a detector of torchvision with a ranking loss on any data set in COCO format, and evaluates it."""
