@@ -78,7 +78,9 @@ class Coco:
         self.annotated = "annotations" in content
         self.notes: list[str] = []
         categories = self._each(content, "categories", lambda row: (_whole(row, "id"), str(row.get("name", row["id"]))))
-        self.categories = dict(sorted(self._by_id("category", categories).items()))
+        named, times = sorted(self._by_id("category", categories).items()), Counter(name for _, name in categories)
+        # Results are by name: those of one name, as Roboflow writes them, are told apart by their ids.
+        self.categories = {one: name if times[name] == 1 else f"{name} ({one})" for one, name in named}
         images = self._each(content, "images", _read_image_entry)
         described = dict(sorted(self._by_id("image", images).items()))
         self.image_ids, self.names = list(described), [name for name, _, _ in described.values()]
