@@ -126,20 +126,22 @@ class opened:  # noqa: N801
         try:
             self.file = Image.open(self.path)
         except Exception as error:
-            self.__exit__(None, error)
-            raise
+            raise self._named(error) from error
         if self.file.mode.startswith(("I", "F")) and not (
             self.file.mode.startswith("I;16") or self.file.format == "PNG"
         ):
+            self.file.close()
             raise UserError(f"{self.path} has 32 bits a pixel, of which none knows what is white: store 8 or 16")
         return self.file
 
     def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
-        # PIL raises errors of many kinds for files that it cannot read.
+        self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path} cannot be read as an image: {error}") from error
-        if trace:
-            self.file.close()
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> UserError:
+        """PIL raises errors of many kinds for files that it cannot read."""
+        return UserError(f"{self.path} cannot be read as an image: {error}")
 
 
 def read_image(path: Path) -> Tensor:
@@ -180,6 +182,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
         for step in range(first, self.steps):
             for index in order[step * self.batch : (step + 1) * self.batch][self.share]:
                 yield epoch, int(index)
+
+
+class _Loader(DataLoader[Any]):
+    """Says to Lightning that a resumed run sees what it would have seen. Its sampler asks the run where it is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 class CocoDataModule(LightningDataModule):
@@ -285,17 +297,23 @@ class CocoDataModule(LightningDataModule):
 
     def _loader(self, data: CocoDetection, indices: Any, batch: int) -> DataLoader[Any]:
         """Draws no number from torch's global generator, whose state belongs to the run."""
-        return DataLoader(
+        return _Loader(
             data, batch, sampler=indices, num_workers=self.workers, collate_fn=collate, generator=torch.Generator()
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self.training.coco.fingerprint, "batch": self.batch, "seed": self.seed}
+        transforms = [" ".join(repr(one).split()) for one in self.transforms]
+        return {
+            "data": self.training.coco.fingerprint,
+            "batch": self.batch,
+            "seed": self.seed,
+            "transforms": transforms,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """UserError: the checkpoint is of other data, or of other batches."""
         for name, now in self.state_dict().items():
-            if state_dict[name] != now:
+            if state_dict.get(name, now) != now:
                 seen = f"than {self.training.part.annotations}" if name == "data" else f"{state_dict[name]} (now {now})"
                 raise UserError(f"the checkpoint is of a run with other {name} {seen}")
 
