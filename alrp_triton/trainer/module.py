@@ -97,17 +97,20 @@ class RankingDetector(LightningModule):
         if of.loss != "torchvision":
             if of.box_loss == "l1":
                 raise UserError(f"box_loss l1 is of loss torchvision; {of.loss} takes giou or smooth_l1")
-            return use_ranking_loss(
-                self.detector,
-                of.loss,
-                period=of.period or self.batches_per_epoch or "later",
-                assignment=of.assignment,
-                box_coder=of.box_coder,
-                initial_weight=of.initial_weight,
-                box_loss=of.box_loss,
-                box_weight=of.box_weight,
-                process_group="world" if processes > 1 else None,
-            )
+            try:
+                return use_ranking_loss(
+                    self.detector,
+                    of.loss,
+                    period=of.period or self.batches_per_epoch or "later",
+                    assignment=of.assignment,
+                    box_coder=of.box_coder,
+                    initial_weight=of.initial_weight,
+                    box_loss=of.box_loss,
+                    box_weight=of.box_weight,
+                    process_group="world" if processes > 1 else None,
+                )
+            except (TypeError, ValueError) as error:  # what does not go together, by name
+                raise UserError(str(error)) from error
         if of.assignment != "iou" or of.box_weight is not None or of.box_coder != "model":
             raise UserError("assignment, box_weight and box_coder need a ranking loss; torchvision's has its own")
         if of.box_loss is not None:
@@ -190,6 +193,10 @@ class RankingDetector(LightningModule):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+    def on_train_start(self) -> None:
+        """Lightning leaves modules as they are: those that stay in evaluation are put there."""
+        self.train()
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of images (3, H, W) in 0..1: ``boxes`` as corners, ``scores``, and ``labels`` from 0."""
