@@ -1,49 +1,99 @@
 """What Lightning's callbacks lack: the last checkpoint comes before what can fail; a history; images a second."""
 
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-LAST = "last.ckpt"
+from .data import batches_had
+
+BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class KeepLast(Checkpoint):
-    """Writes ``last.ckpt`` before each evaluation, after each epoch, and when training is interrupted or fails.
+    """Writes ``last.ckpt`` before and after each evaluation, after each epoch, and when training is stopped.
 
-    Not after a loss that is not finite: the checkpoint stays that of before. Nor where one process of several fails,
-    for the others are not asked then.
+    Never within a step, which is taken again: what it has changed already would be changed twice. So Ctrl-C stops as
+    SIGTERM does, after the step; a second one at once. Not where one process of several fails, for the others are not
+    asked then.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LAST
+        self._saved, self._gradients = -1, list[Any]()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": self._gradients}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._gradients = state_dict["gradients"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for parameter, gradient in zip(pl_module.parameters(), self._gradients, strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        self._gradients = []
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._stop)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if signal.getsignal(signal.SIGINT) == self._stop:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _stop(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGTERM)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            trainer.save_checkpoint(self.file, weights_only=False)
+            # Lightning goes back on resuming to an evaluation that has begun, and passes over one that has not.
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            progress.ready, progress.started = progress.ready + 1, progress.started + 1
+            self._save(trainer)
+            progress.ready, progress.started = progress.ready - 1, progress.started - 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.file, weights_only=False)
+        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        alone = trainer.world_size == 1 or isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        if (
-            trainer.state.fn == "fit"
-            and trainer.training
-            and trainer.global_step
-            and alone
-            and not isinstance(exception, FloatingPointError)
-        ):
-            trainer.save_checkpoint(self.file, weights_only=False)
-            rank_zero_info(f"stopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
+        self.on_train_end(trainer, pl_module)
+        loop: Any = trainer.fit_loop.epoch_loop
+        within = loop.batch_progress.total.started > loop.batch_progress.total.completed
+        alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
+        if trainer.state.fn != "fit" or not trainer.training or within or not alone:
+            return
+        if batches_had(trainer) > max(self._saved, 0):  # else the checkpoint is of here already
+            self._gradients = [one.grad for one in pl_module.parameters()] if loop._should_accumulate() else []
+            self._save(trainer)
+        rank_zero_info(f"stopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.file, weights_only=False)
+        self._saved = batches_had(trainer)
+
+
+class KeepBest(ModelCheckpoint):
+    """Of the checkpoints after an evaluation that of the best AP; a run may have been moved since."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, Path(BEST).stem, monitor="AP", mode="max", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = Path(str(self.dirpath), BEST)
+        if best.is_file():
+            moved = {"dirpath": self.dirpath, "best_model_path": str(best), "kth_best_model_path": str(best)}
+            scores = state_dict["best_k_models"].values()
+            super().load_state_dict(state_dict | moved | {"best_k_models": dict.fromkeys([str(best)], *scores)})
 
 
 class History(Callback):
@@ -61,7 +111,7 @@ class History(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 and (not self.steps or self.steps[-1]["step"] < step):
+        if step % trainer.log_every_n_steps == 0 and (self.steps[-1]["step"] if self.steps else 0) < step:
             self.steps.append({"step": step} | {name: float(value) for name, value in pl_module.values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -11,8 +11,11 @@
 Each command has --help, and takes --config FILE, such as the config.yaml that a run leaves.
 """
 
+import argparse
+import io
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,14 +25,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from .callbacks import LAST, History, KeepLast, Progress
+from .callbacks import BEST, LAST, History, KeepBest, KeepLast, Progress
 from .coco import find_part
 from .data import CocoDataModule, CocoDetection, Images, collate
 from .detectors import SMALL, load_weights, read_weights
@@ -38,7 +41,6 @@ from .evaluation import Found, as_results
 from .module import RankingDetector
 from .pictures import save_curves, save_detections
 
-BEST = "best.ckpt"
 _CONFIG = "config.yaml"
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SHOWN = 12  # pictures
@@ -71,6 +73,10 @@ class _Fit(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config
         last = config.out / LAST
+        if config.patience is not None and config.patience < 1:
+            raise UserError(f"--patience must be at least 1, got {config.patience}")
+        if config.ema is not None and not 0 <= config.ema <= 1:
+            raise UserError(f"--ema must be in 0..1, got {config.ema}")
         if config.out.exists() and not config.out.is_dir():
             raise UserError(f"--out {config.out} is no folder")
         if last.exists() != config.resume:
@@ -93,15 +99,21 @@ class _Fit(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
-        callbacks: list[Any] = [History(), Progress(), KeepLast(out), LambdaCallback(on_train_start=self._save_config)]
-        callbacks.append(ModelCheckpoint(out, Path(BEST).stem, monitor="AP", mode="max", enable_version_counter=False))
+        given: Any = self.config_init
+        callbacks: list[Any] = [
+            History(),
+            KeepBest(out),
+            KeepLast(out),
+            LambdaCallback(on_train_start=self._save_config),
+        ]
+        if given.trainer.enable_progress_bar is not False:
+            callbacks.append(Progress())
         if config.ema is not None:
             callbacks.append(EMAWeightAveraging(decay=config.ema))
         if config.patience is not None:
             callbacks.append(EarlyStopping("AP", mode="max", patience=config.patience, check_finite=False))
         self.trainer_defaults = {"callbacks": callbacks}
         loggers = [CSVLogger(out, name="logs"), TensorBoardLogger(out, name="tensorboard")]
-        given: Any = self.config_init
         logger = loggers if given.trainer.logger is None else given.trainer.logger
         return super().instantiate_trainer(default_root_dir=out, logger=logger, **kwargs)
 
@@ -109,9 +121,12 @@ class _Fit(LightningCLI):
 def fit(words: Sequence[str]) -> int:
     """Trains; 1 if the goal was not reached."""
     words = list(words)
-    if "--resume" in words and "--out" in words[:-1]:
-        before = Path(words[words.index("--out") + 1]) / _CONFIG
-        words = [*(["--config", str(before)] if before.is_file() else []), *words]
+    of_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_run.add_argument("--out", type=Path, nargs="?")
+    of_run.add_argument("--resume", nargs="?", const=True)
+    run, _ = of_run.parse_known_args(words)
+    if run.resume and run.out and (run.out / _CONFIG).is_file():
+        words = ["--config", str(run.out / _CONFIG), *words]
     cli = _Fit(
         RankingDetector,
         CocoDataModule,
@@ -269,6 +284,8 @@ def predict(words: Sequence[str]) -> int:
     config = parser.parse_args(list(words))
     if bool(config.images) == bool(config.root):
         raise UserError("give --images, or --root and --part")
+    if config.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {config.batch}")
     model, checkpoint = _trained(config.run)
     names = list(model.settings.categories.values())
     least = _thresholds(config.threshold, names, checkpoint)
@@ -328,11 +345,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if not words or words[0] not in COMMANDS:
         print(__doc__, file=sys.stdout if set(words) & {"-h", "--help"} else sys.stderr)
         return 0 if set(words) & {"-h", "--help"} else 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of categories need not be of the terminal's alphabet
+            stream.reconfigure(errors="backslashreplace")
     try:
         return COMMANDS[words[0]](words[1:])
     except SIGTERMException:
         return 143
-    except (UserError, MisconfigurationException, OSError) as error:
+    except (MisconfigurationException, OSError, ValueError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+        if not isinstance(error, (UserError, MisconfigurationException, OSError)) and "lightning" not in raised_in:
+            raise  # Lightning refuses arguments by a ValueError, but others are faults
         # Of a process that loads images comes the whole traceback, as the text of the error.
         print(
             f"error: {str(error).strip().splitlines()[-1].removeprefix(f'{UserError.__module__}.UserError: ')}",
