@@ -77,6 +77,41 @@ def test_folders_of_images(images: str, tmp_path: Path) -> None:
     assert [data.path(index) for index in range(2)] == [tmp_path / images / f"val{i}.png" for i in (1, 2)]
 
 
+def test_images_of_one_last_name(tmp_path: Path) -> None:
+    """In folders of their own: each entry has its own pixels; where the folders are gone, none has another's."""
+    part = content(2)
+    for image, name in zip(part["images"], ("train/im1.png", "val\\im1.png"), strict=True):
+        image["file_name"] = name
+    data_set(tmp_path, part)
+    data = CocoDetection(find_part(tmp_path, "train"))
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (64, 48)).save(tmp_path / folder / "im1.png")
+    data = CocoDetection(find_part(tmp_path, "train"))
+    data.check_images()
+    assert [data.path(index) for index in range(2)] == [tmp_path / one / "im1.png" for one in ("train", "val")]
+    (tmp_path / "images" / "im1.png").write_bytes((tmp_path / "train" / "im1.png").read_bytes())
+    for folder in ("train", "val"):
+        (tmp_path / folder / "im1.png").unlink()
+    with pytest.raises(UserError, match=r"train/im1\.png and val\\im1\.png of .* would both be .*images/im1\.png"):
+        data.check_images()
+
+
+def test_images_that_are_in_both_parts(tmp_path: Path) -> None:
+    """In whatever folder."""
+    parts = content(2), content(2)
+    for part, names in zip(parts, (("a/im1.png", "b/im2.png"), ("b/im2.png", "c/im3.png")), strict=True):
+        for image, name in zip(part["images"], names, strict=True):
+            image["file_name"] = name
+    data_set(tmp_path, *parts)
+    for name in ("a/im1.png", "b/im2.png", "c/im3.png"):
+        (tmp_path / "images" / name).parent.mkdir()
+        (tmp_path / "images" / Path(name).name).rename(tmp_path / "images" / name)
+    with said() as log:
+        CocoDataModule(tmp_path, batch=2).setup("fit")
+    assert "note: 1 images are in both parts" in log.getvalue()
+
+
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     data = CocoDetection(find_part(data_set(tmp_path, content(2)), "val"))
     data.path(1).unlink()

@@ -60,24 +60,34 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         return len(self.coco.image_ids)
 
     def path(self, index: int) -> Path:
+        """Whole names come first in all folders: another part may have a file of the same last name."""
         name = self.coco.names[index]
-        for folder, one in itertools.product(self.part.folders, dict.fromkeys((name, Path(name).name))):
+        plain = name.replace("\\", "/")  # as Windows writes them
+        for one, folder in itertools.product(dict.fromkeys((name, plain, Path(plain).name)), self.part.folders):
             if (folder / one).is_file():
                 return folder / one
         folders = ", ".join(map(str, self.part.folders))
         raise UserError(f"there is no image {name} of {self.part.annotations} in {folders}")
 
     def check_images(self) -> None:
-        """Finds and measures all image files. UserError: one is missing, unreadable, or of another size than stated."""
+        """Finds and measures all image files.
 
-        def measure(index: int) -> None:
+        UserError: one is missing, unreadable, of another size than stated, or that of two names, of which folders are
+        gone.
+        """
+
+        def measure(index: int) -> Path:
             path, stated = self.path(index), self.coco.sizes[index].tolist()
             with opened(path) as file:
                 if list(file.size) != stated:
                     raise UserError(f"{path} has {file.size} pixels, its annotation file says {stated}")
+            return path
 
+        name_of: dict[Path, str] = {}
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(measure, range(len(self))))
+            for path, name in zip(pool.map(measure, range(len(self))), self.coco.names, strict=True):
+                if name_of.setdefault(path, name) != name:
+                    raise UserError(f"{name_of[path]} and {name} of {self.part.annotations} would both be {path}")
 
     def target(self, index: int) -> Target:
         rows = slice(self._first[index], self._first[index + 1])
@@ -271,9 +281,8 @@ class CocoDataModule(LightningDataModule):
             raise UserError(f"{files[0]} and {files[1]} have other categories")
         if self.training.coco.crowd.all():
             raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
-        both = {self.training.path(0).parent / name for name in self.training.coco.names} & {
-            self.held_out.path(0).parent / name for name in self.held_out.coco.names
-        }
+        train, val = ({part.path(index) for index in range(len(part))} for part in (self.training, self.held_out))
+        both = train & val
         if both:
             rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
         self._sampler()
