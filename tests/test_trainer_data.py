@@ -83,7 +83,7 @@ def test_images_of_one_last_name(tmp_path: Path) -> None:
     for image, name in zip(part["images"], ("train/im1.png", "val\\im1.png"), strict=True):
         image["file_name"] = name
     data_set(tmp_path, part)
-    data = CocoDetection(find_part(tmp_path, "train"))
+    (tmp_path / "images" / "val\\im1.png").unlink()
     for folder in ("train", "val"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (64, 48)).save(tmp_path / folder / "im1.png")
@@ -206,6 +206,15 @@ def test_flips_are_those_of_the_epoch(tmp_path: Path) -> None:
     never = CocoDataModule(tmp_path, train="val", flip=False).training
     assert whole[0][0][1]["boxes"].tolist() == plain
     assert all(never[epoch, 0][1]["boxes"].tolist() == plain for epoch in range(8))
+
+
+@pytest.mark.parametrize("size", [[20, 0.6], [0.02, 0.02]])
+def test_boxes_of_less_than_a_pixel_are_trained_on(size: list[float], tmp_path: Path) -> None:
+    """Flipped or not, as they are without transforms."""
+    data_set(tmp_path, content(2, bbox=[10, 10, *size]))
+    for flip in (True, False):
+        data = CocoDataModule(tmp_path, flip=flip).training
+        assert all(len(data[epoch, index][1]["boxes"]) == 1 for epoch in range(8) for index in range(2))
 
 
 def test_transforms(tmp_path: Path) -> None:
