@@ -2,6 +2,7 @@
 
 # pyright: reportPrivateUsage=false
 import csv
+import errno
 import json
 import re
 import signal
@@ -162,6 +163,26 @@ def test_a_run_that_dies_in_evaluation_goes_on(scenes: Path, tmp_path: Path) -> 
     (folder / "images" / "val2.png").write_bytes(whole)
     assert alrp_train("fit", "--out", tmp_path / "parts", "--resume").status == 0
     assert_ends_alike(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_disk_that_is_full(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a checkpoint is written, on another file system than the system's temporary folder: that of before stays."""
+    assert fit(scenes, tmp_path / "run", **FAST | {"trainer__max_epochs": 1}).status == 0
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.ckpt")]
+
+    def half(source: str, target: Any, *_: Any, **__: Any) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:999])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.move", half)
+        done = alrp_train("fit", "--out", tmp_path / "run", "--resume", "--trainer.max_epochs", 2)
+    assert done.status == 2
+    assert "No space left on device" in done.error
+    assert [(tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.ckpt")] == before
+    assert alrp_train("fit", "--out", tmp_path / "run", "--resume").status == 0
+    assert last(tmp_path / "run")["global_step"] == 6
 
 
 @pytest.mark.usefixtures("without_pictures")
