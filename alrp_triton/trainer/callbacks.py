@@ -81,7 +81,7 @@ class KeepLast(Checkpoint):
         rank_zero_info(f"stopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
 
     def _save(self, trainer: Trainer) -> None:
-        _save_whole(trainer, self.file, trainer.save_checkpoint)
+        _save_whole(trainer, self.file, lambda part: trainer.save_checkpoint(part, weights_only=False))
         self._saved = batches_had(trainer)
 
 

@@ -69,6 +69,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         folders = ", ".join(map(str, self.part.folders))
         raise UserError(f"there is no image {name} of {self.part.annotations} in {folders}")
 
+    @property
+    def sizes(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Width and height (I, 2)."""
+        return self.coco.sizes
+
     def check_images(self) -> None:
         """Finds and measures all image files.
 
@@ -177,9 +182,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
         rank: of this process.
         processes: how many share a batch.
         taken: gives the number of batches that the run has had: the sampler goes on from there.
+        limit: Lightning's ``limit_train_batches``, after which an epoch ends: a number, or a share as a float.
     """
 
-    def __init__(self, images: int, batch: int, seed: int, rank: int, processes: int, taken: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch: int,
+        seed: int,
+        rank: int,
+        processes: int,
+        taken: Callable[[], int],
+        limit: int | float = 1.0,
+    ) -> None:
         if images < batch:
             raise UserError(f"a batch of {batch} images is more than the {images} there are")
         if batch % processes:
@@ -187,12 +202,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.images, self.batch, self.seed, self.taken = images, batch, seed, taken
         self.share = slice(rank * batch // processes, (rank + 1) * batch // processes)
         self.steps = images // batch
+        self.epoch = int(self.steps * limit) if isinstance(limit, float) else min(self.steps, limit)
+        if self.epoch < 1:
+            raise UserError(f"limit_train_batches {limit} leaves nothing of an epoch of {self.steps} batches")
 
     def __len__(self) -> int:
         return self.steps * (self.share.stop - self.share.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, first = divmod(self.taken(), self.steps)
+        epoch, first = divmod(self.taken(), self.epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
         for step in range(first, self.steps):
             for index in order[step * self.batch : (step + 1) * self.batch][self.share]:
@@ -259,7 +277,7 @@ class CocoDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._sampler().steps
+        return self._sampler().epoch
 
     def setup(self, stage: str) -> None:
         """Everything that can be wrong with the data is found here, before the first step."""
@@ -298,7 +316,10 @@ class CocoDataModule(LightningDataModule):
         def taken() -> int:
             return batches_had(self.trainer) if self.trainer else 0
 
-        return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken)
+        if self.trainer and self.trainer.overfit_batches:
+            raise UserError("overfit_batches needs batches that are the same in each epoch: write a part of few images")
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken, limit)
 
     def train_dataloader(self) -> DataLoader[Any]:
         sampler = self._sampler()
@@ -319,6 +340,7 @@ class CocoDataModule(LightningDataModule):
         transforms = [" ".join(repr(one).split()) for one in self.transforms]
         return {
             "data": self.training.coco.fingerprint,
+            "data to evaluate on": self.held_out.coco.fingerprint,
             "batch": self.batch,
             "seed": self.seed,
             "transforms": transforms,
@@ -328,7 +350,8 @@ class CocoDataModule(LightningDataModule):
         """UserError: the checkpoint is of other data, or of other batches."""
         for name, now in self.state_dict().items():
             if state_dict.get(name, now) != now:
-                seen = f"than {self.training.part.annotations}" if name == "data" else f"{state_dict[name]} (now {now})"
+                part = {"data": self.training, "data to evaluate on": self.held_out}.get(name)
+                seen = f"than {part.part.annotations}" if part else f"{state_dict[name]} (now {now})"
                 raise UserError(f"the checkpoint is of a run with other {name} {seen}")
 
 
@@ -342,6 +365,7 @@ class Images(Dataset[tuple[Tensor, Target, int]]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
+        self.sizes = np.zeros((0, 2))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -350,10 +374,12 @@ class Images(Dataset[tuple[Tensor, Target, int]]):
         return self.files[index]
 
     def check_images(self) -> None:
-        """UserError: one of the files is no image."""
+        """Measures them. UserError: one of the files is no image."""
+        sizes: list[tuple[int, int]] = []
         for path in self.files:
-            with opened(path):
-                pass
+            with opened(path) as file:
+                sizes.append(file.size)
+        self.sizes = np.array(sizes, np.float64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target, int]:
         return read_image(self.files[index]), {}, index
