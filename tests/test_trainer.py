@@ -2,6 +2,7 @@
 
 # pyright: reportPrivateUsage=false
 import csv
+import errno
 import json
 import re
 import signal
@@ -165,6 +166,26 @@ def test_a_run_that_dies_in_evaluation_goes_on(scenes: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_a_disk_that_is_full(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a checkpoint is written, on another file system than the system's temporary folder: that of before stays."""
+    assert fit(scenes, tmp_path / "run", **FAST | {"trainer__max_epochs": 1}).status == 0
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.ckpt")]
+
+    def half(source: str, target: Any, *_: Any, **__: Any) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:999])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.move", half)
+        done = alrp_train("fit", "--out", tmp_path / "run", "--resume", "--trainer.max_epochs", 2)
+    assert done.status == 2
+    assert "No space left on device" in done.error
+    assert [(tmp_path / "run" / name).read_bytes() for name in ("last.ckpt", "best.ckpt")] == before
+    assert alrp_train("fit", "--out", tmp_path / "run", "--resume").status == 0
+    assert last(tmp_path / "run")["global_step"] == 6
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_loss_that_is_not_finite_stops_the_run(scenes: Path, tmp_path: Path) -> None:
     """With status 1; the checkpoint stays that of before."""
     wild = fit(scenes, tmp_path / "wild", **FAST | {"model__lr": 1e30})
@@ -194,7 +215,8 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
         (tmp_path / "kept" / name).write_bytes((out / name).read_bytes())
     again = alrp_train("fit", "--resume", f"--out={tmp_path / 'kept'}")
     assert again.status == 0
-    assert again.out.replace(str(tmp_path / "kept"), str(out)) == done.out
+    assert again.out.splitlines()[:-1] == done.out.splitlines()[:-1]
+    assert again.out.splitlines()[-1].startswith("last.ckpt, metrics.json, ")  # best.ckpt was not kept
     assert same(*(json.loads((one / "metrics.json").read_text()) for one in (out, tmp_path / "kept")))
     # The learning rate depends on the length: what is lengthened is not what was long from the beginning.
     assert alrp_train("fit", "--out", tmp_path / "kept", "--resume", "--trainer.max_epochs", 3).status == 0
@@ -209,12 +231,51 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("words", [["--evaluate_first"], ["--trainer.num_sanity_val_steps", "1"]])
+def test_a_run_ends_with_an_evaluation_of_its_end(words: list[str], scenes: Path, tmp_path: Path) -> None:
+    """And not with that of before training, where there is no other."""
+    done = fit(scenes, tmp_path / "run", *words, "--trainer.check_val_every_n_epoch", 5, **FAST)
+    assert done.status == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["evaluations"][-1]["step"] == 6
+    assert "best.ckpt" not in done.out
+    whole = fit(scenes, tmp_path / "whole", **FAST)
+    assert whole.status == 0
+    assert same(metrics["by_category"], json.loads((tmp_path / "whole" / "metrics.json").read_text())["by_category"])
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_short_epochs(scenes: Path, tmp_path: Path) -> None:
+    """The learning rate falls at their end, and each has its own permutation."""
+    words = ["--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1]
+    assert fit(scenes, tmp_path / "run", *words, **FAST | {"trainer__max_epochs": 4}).status == 0
+    found = history(tmp_path / "run")
+    assert [row["step"] for row in found["evaluations"]] == [2, 4, 6, 8]
+    assert [round(row["lr"] / 3e-3, 3) for row in found["steps"]] == [1] * 6 + [0.1] * 2
+    for wrong, error in (("limit_val_batches", "leaves nothing to evaluate on"), ("limit_train_batches", "leaves nothing of an epoch"), ("overfit_batches", "overfit_batches")):  # fmt: skip
+        refused = fit(scenes, tmp_path / wrong, f"--trainer.{wrong}", 0.3 if "val" not in wrong else 0, **FAST)
+        assert refused.status == 2
+        assert error in refused.error
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_learning_rate_of_a_lengthened_run(scenes: Path, tmp_path: Path) -> None:
+    """Is that of the longer one from its first step on."""
+    assert fit(scenes, tmp_path / "run", **FAST | {"trainer__max_epochs": 1}).status == 0
+    assert alrp_train("fit", "--out", tmp_path / "run", "--resume", "--trainer.max_epochs", 4).status == 0
+    assert fit(scenes, tmp_path / "whole", **FAST | {"trainer__max_epochs": 4}).status == 0
+    rates = [[row["lr"] for row in history(tmp_path / run)["steps"]][3:] for run in ("run", "whole")]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("words", "error"),
     [
         (["--model.lr", "1"], "the checkpoint is of a run with other settings: lr 0.003 (now 1.0)"),
         (["--model.size", "64", "--seed", "1"], "other settings: size 48 (now 64), seed 0 (now 1)"),
         (["--data.batch", "3"], "the checkpoint is of a run with other batch 2 (now 3)"),
+        (["--data.root", "OTHER_VAL"], "the checkpoint is of a run with other data to evaluate on than "),
         (["--data.root", "OTHER"], "the checkpoint is of a run with other data than "),
         (["--data.flip", "false"], "of a run with other transforms ['RandomHorizontalFlip(p=0.5)'] (now [])"),
     ],
@@ -224,6 +285,8 @@ def test_other_settings_are_refused(words: list[str], error: str, finished: tupl
     out = copytree(finished[0], tmp_path / "run")
     if "OTHER" in words:
         words = ["--data.root", str(data_set(tmp_path / "other", content(6, area=100)))]
+    if "OTHER_VAL" in words:
+        words = ["--data.root", str(data_set(tmp_path / "other", content(6), content(2, "val{}.png", area=100)))]
     before = (out / "last.ckpt").read_bytes(), (out / "config.yaml").read_bytes()
     done = alrp_train("fit", "--out", out, "--resume", "--trainer.max_epochs", 3, *words)
     assert done.status == 2

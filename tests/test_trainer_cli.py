@@ -171,6 +171,73 @@ def test_errors_of_predict(words: list[str], error: str, finished: Path, scenes:
     assert "usage: " in done.err or len(done.error) < 1000
 
 
+def test_what_cannot_be_written_is_found_first(finished: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Folders are made; and nothing is detected for a file that cannot be."""
+    common = ["--run", finished, "--accelerator", "cpu"]
+    for words in (["predict", "--images", scenes / "images"], ["validate"]):
+        assert alrp_train(*words, *common, "--out", tmp_path / words[0] / "deep" / "out.json").status == 0
+        assert read(tmp_path / words[0] / "deep" / "out.json")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(command_line, "_trained", None)
+    for words in (["predict", "--images", scenes], ["validate"], ["predict", "--images", scenes, "--pictures", tmp_path / "file"]):  # fmt: skip
+        out = tmp_path / ("out.json" if "--pictures" in words else "file/out.json")
+        assert "file" in alrp_train(*words, *common, "--out", out).error
+
+
+def test_images_that_are_too_thin(finished: Path, tmp_path: Path) -> None:
+    part = content(2, "val{}.png")
+    part["images"][1] |= {"width": 1000, "height": 1}
+    data_set(tmp_path / "data", content(6), part | {"annotations": part["annotations"][:1]})
+    thin = tmp_path / "data" / "images" / "val2.png"
+    for words in (["predict", "--images", thin], ["predict", "--root", tmp_path / "data", "--part", "val"], ["validate", "--data.root", tmp_path / "data"]):  # fmt: skip
+        out = ["--out", tmp_path / "out.json"]
+        assert "val2.png, [1000.0, 1.0], is too thin" in alrp_train(*words, *out, "--run", finished, "--accelerator", "cpu").error  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [b"", b"PK\x03\x04", {"state_dict": {}}, [1], {"model": Path("x")}, "cut", "other"])
+def test_checkpoints_that_are_none(state: Any, finished: Path, tmp_path: Path) -> None:
+    """In a line that names the file, to resume or to validate."""
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(whole := (finished / "last.ckpt").read_bytes())
+    (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
+    if state == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif state == "other":
+        known = torch.load(file, weights_only=True)
+        known["hyper_parameters"]["categories"] = {1: "cat"}
+        torch.save(known, file)
+    elif isinstance(state, bytes):
+        file.write_bytes(state)
+    else:
+        torch.save(state, file)
+    commands: list[list[object]] = [["validate", "--run", tmp_path]]
+    for words in commands + [["fit", "--resume", "--out", tmp_path]] * (state != "other"):
+        done = alrp_train(*words)
+        assert done.status == 2
+        assert re.match(r"\S*last\.ckpt is no checkpoint of alrp-train: \w", done.error)
+
+
+def test_configurations_of_runs(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    """``validate`` takes that of the folder in which a checkpoint is, however --run is written."""
+    for run in (["--run", finished / "last.ckpt"], [f"--run={finished}"]):
+        assert alrp_train("validate", *run, "--accelerator", "cpu").status == 0
+    (tmp_path / "best.ckpt").write_bytes((finished / "best.ckpt").read_bytes())
+    for text in ("", "[]", "a: [1, {", "model: {}", "data: 1"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert "config.yaml has no settings of data: " in alrp_train("validate", "--run", tmp_path).error
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_configuration_of_a_resumed_run_is_of_new_runs(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("last.ckpt", "config.yaml"):
+        (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
+    config = tmp_path / "run" / "config.yaml"
+    assert alrp_train("fit", "--out", tmp_path / "run", "--resume", "--trainer.max_epochs", 3).status == 0
+    assert "max_epochs: 3" in config.read_text()
+    assert alrp_train("fit", "--config", config, "--out", tmp_path / "new").status == 0
+
+
 def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_path: Path) -> None:
     part = content(2) | {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cow"}]}
     data_set(tmp_path, part, part)
@@ -178,6 +245,8 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
         "validate", "--run", finished, "--data.root", tmp_path, "--data.workers", 0, "--accelerator", "cpu"
     )
     assert done.status == 2
+    noted = alrp_train("predict", "--run", finished, "--root", tmp_path, "--part", "val", "--accelerator", "cpu", "--out", tmp_path / "found.json")  # fmt: skip
+    assert "instances_val.json has other categories; results have the ids of the model's" in noted.err
     assert "the model has the categories {1: 'cat', 2: 'dog'}, the data {1: 'cat', 2: 'cow'}" in done.error
     state = torch.load(finished / "last.ckpt", weights_only=True) | {"thresholds": {}}
     torch.save(state, tmp_path / "early.ckpt")

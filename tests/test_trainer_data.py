@@ -77,6 +77,41 @@ def test_folders_of_images(images: str, tmp_path: Path) -> None:
     assert [data.path(index) for index in range(2)] == [tmp_path / images / f"val{i}.png" for i in (1, 2)]
 
 
+def test_images_of_one_last_name(tmp_path: Path) -> None:
+    """In folders of their own: each entry has its own pixels; where the folders are gone, none has another's."""
+    part = content(2)
+    for image, name in zip(part["images"], ("train/im1.png", "val\\im1.png"), strict=True):
+        image["file_name"] = name
+    data_set(tmp_path, part)
+    (tmp_path / "images" / "val\\im1.png").unlink()
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (64, 48)).save(tmp_path / folder / "im1.png")
+    data = CocoDetection(find_part(tmp_path, "train"))
+    data.check_images()
+    assert [data.path(index) for index in range(2)] == [tmp_path / one / "im1.png" for one in ("train", "val")]
+    (tmp_path / "images" / "im1.png").write_bytes((tmp_path / "train" / "im1.png").read_bytes())
+    for folder in ("train", "val"):
+        (tmp_path / folder / "im1.png").unlink()
+    with pytest.raises(UserError, match=r"train/im1\.png and val\\im1\.png of .* would both be .*images/im1\.png"):
+        data.check_images()
+
+
+def test_images_that_are_in_both_parts(tmp_path: Path) -> None:
+    """In whatever folder."""
+    parts = content(2), content(2)
+    for part, names in zip(parts, (("a/im1.png", "b/im2.png"), ("b/im2.png", "c/im3.png")), strict=True):
+        for image, name in zip(part["images"], names, strict=True):
+            image["file_name"] = name
+    data_set(tmp_path, *parts)
+    for name in ("a/im1.png", "b/im2.png", "c/im3.png"):
+        (tmp_path / "images" / name).parent.mkdir()
+        (tmp_path / "images" / Path(name).name).rename(tmp_path / "images" / name)
+    with said() as log:
+        CocoDataModule(tmp_path, batch=2).setup("fit")
+    assert "note: 1 images are in both parts" in log.getvalue()
+
+
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     data = CocoDetection(find_part(data_set(tmp_path, content(2)), "val"))
     data.path(1).unlink()
@@ -171,6 +206,15 @@ def test_flips_are_those_of_the_epoch(tmp_path: Path) -> None:
     never = CocoDataModule(tmp_path, train="val", flip=False).training
     assert whole[0][0][1]["boxes"].tolist() == plain
     assert all(never[epoch, 0][1]["boxes"].tolist() == plain for epoch in range(8))
+
+
+@pytest.mark.parametrize("size", [[20, 0.6], [0.02, 0.02]])
+def test_boxes_of_less_than_a_pixel_are_trained_on(size: list[float], tmp_path: Path) -> None:
+    """Flipped or not, as they are without transforms."""
+    data_set(tmp_path, content(2, bbox=[10, 10, *size]))
+    for flip in (True, False):
+        data = CocoDataModule(tmp_path, flip=flip).training
+        assert all(len(data[epoch, index][1]["boxes"]) == 1 for epoch in range(8) for index in range(2))
 
 
 def test_transforms(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,24 @@ class KeepLast(Checkpoint):
         if batches_had(trainer) > max(self._saved, 0):  # else the checkpoint is of here already
             self._gradients = [one.grad for one in pl_module.parameters()] if loop._should_accumulate() else []
             self._save(trainer)
+        if not self.file.is_file():
+            return
         rank_zero_info(f"stopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.file, weights_only=False)
+        _save_whole(trainer, self.file, lambda part: trainer.save_checkpoint(part, weights_only=False))
         self._saved = batches_had(trainer)
+
+
+def _save_whole(trainer: Trainer, file: Path, save: Callable[[Path], None]) -> None:
+    """Beside ``file``, and then in its place, so that a full disk, or what ends the process, leaves the one of before.
+
+    Lightning writes to the system's temporary folder, from which a file is copied where that is another file system.
+    """
+    part = file.with_name(f"{file.name}.part")
+    save(part)
+    if trainer.is_global_zero:
+        part.replace(file)
 
 
 class KeepBest(ModelCheckpoint):
@@ -87,6 +101,10 @@ class KeepBest(ModelCheckpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, Path(BEST).stem, monitor="AP", mode="max", enable_version_counter=False)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        _save_whole(trainer, Path(filepath), lambda part: super(KeepBest, self)._save_checkpoint(trainer, str(part)))
+        self._last_checkpoint_saved = filepath
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = Path(str(self.dirpath), BEST)

@@ -91,6 +91,8 @@ class _Fit(LightningCLI):
         if last.exists() != config.resume:
             wrong = "there is none to --resume" if config.resume else "--resume it, or take another --out"
             raise UserError(f"checkpoint {last}: {wrong}")
+        if config.resume:
+            _read_checkpoint(last)
         self.tensors: dict[str, torch.Tensor] = {}
         if config.weights and not config.resume:
             self.tensors, about = read_weights(config.weights)
@@ -105,7 +107,9 @@ class _Fit(LightningCLI):
     def _save_config(self, trainer: Trainer, _: Any) -> None:
         """Once it is known that a checkpoint to resume is of these settings."""
         if trainer.is_global_zero:
-            self.parser.save(self.config, self.config.out / _CONFIG, overwrite=True)
+            config = self.config.clone()
+            config.resume = False  # for a new run with these settings; --resume says it itself
+            self.parser.save(config, config.out / _CONFIG, overwrite=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
@@ -158,15 +162,19 @@ def fit(words: Sequence[str]) -> int:
     if cli.tensors:
         rank_zero_info(f"{config.weights}: {load_weights(model.detector, cli.tensors)}")
     _advise(config, trainer)
+    if trainer.limit_val_batches == 0:
+        raise UserError("--trainer.limit_val_batches 0 leaves nothing to evaluate on")
     config.out.mkdir(parents=True, exist_ok=True)
     if config.evaluate_first and not config.resume:
         trainer.validate(model, datamodule=data, verbose=False)
     trainer.fit(model, datamodule=data, ckpt_path=config.out / LAST if config.resume else None, weights_only=True)
-    if model.evaluation is None or (config.resume and not model.found):  # there was nothing left to do
+    (history,) = (one for one in cast("Any", trainer).callbacks if isinstance(one, History))
+    # There was nothing left to do, or the last evaluation is of before the end, such as that before training.
+    if not model.found or not history.evaluations or history.evaluations[-1]["step"] != trainer.global_step:
         trainer.validate(model, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return 0
-    return _finish(config, trainer, model, data)
+    return _finish(config, trainer, model, data, history)
 
 
 def _advise(config: Namespace, trainer: Trainer) -> None:
@@ -182,8 +190,7 @@ def _advise(config: Namespace, trainer: Trainer) -> None:
         )
 
 
-def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule) -> int:
-    (history,) = (one for one in cast("Any", trainer).callbacks if isinstance(one, History))
+def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule, history: History) -> int:
     assert model.evaluation is not None
     rows = {one["step"]: one for one in history.evaluations}
     best = max(rows.values(), key=lambda one: one["AP"] if one["AP"] == one["AP"] else -1)
@@ -194,7 +201,7 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
         ("AP", "AP50", "AP75", "oLRP", "oLRP_loc", "oLRP_FP", "oLRP_FN"),
     )
     _print_rows(model.evaluation.by_category, ("AP", "oLRP", "threshold"))
-    result = {"settings": dict(model.settings), "step": trainer.global_step, "images": len(data.held_out)}
+    result = {"settings": dict(model.settings), "step": trainer.global_step, "images": len(model.found)}
     result |= {"evaluations": history.evaluations, "by_category": model.evaluation.by_category}
     _write(config.out / "metrics.json", result, indent=2)
     _write(
@@ -202,7 +209,10 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
     )
     _draw(save_curves, history.state_dict(), config.out / "curves.png")
     _draw(_save_found, model, data.held_out, config.out / "detections.png")
-    print(f"{BEST}, {LAST}, metrics.json, detections.json, curves.png, detections.png and logs are in {config.out}/")
+    if len(model.found) < len(data.held_out):
+        print(f"note: evaluated on {len(model.found)} of {len(data.held_out)} images", file=sys.stderr)
+    names = (BEST, LAST, "metrics.json", "detections.json", "curves.png", "detections.png")
+    print(f"{', '.join(name for name in names if (config.out / name).exists())} and logs are in {config.out}/")
     ap50 = last["AP50"]
     if config.goal is not None and not ap50 >= config.goal:
         print(f"AP50 ended at {ap50:.3f}, below {config.goal}", file=sys.stderr)
@@ -221,6 +231,13 @@ def _draw(draw: Callable[..., None], *arguments: Any) -> None:
         draw(*arguments)
     except Exception as error:
         print(f"note: {arguments[-1]} could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _prepare(file: Path) -> None:
+    """What cannot be written is found before the work."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8"):
+        pass
 
 
 def _write(file: Path, content: Any, **options: Any) -> None:
@@ -246,13 +263,32 @@ def _trained(run: Path) -> tuple[RankingDetector, dict[str, Any]]:
     files = [run] if run.is_file() else [file for name in (BEST, LAST) if (file := run / name).is_file()]
     if not files:
         raise UserError(f"there is no checkpoint {run / BEST}")
+    checkpoint = _read_checkpoint(files[0])
     try:
-        checkpoint = torch.load(files[0], map_location="cpu", weights_only=True)
         model = RankingDetector(**checkpoint["hyper_parameters"])
         model.load_state_dict(checkpoint["state_dict"])
-    except Exception as error:  # of many kinds: of unpickling, zip, names, shapes
-        raise UserError(f"{files[0]} is no checkpoint of alrp-train: {error!s:.300}") from error
+    except Exception as error:  # of many kinds: of names, shapes
+        raise _no_checkpoint(files[0], error) from error
     return model, checkpoint
+
+
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """UserError: it is none, or was cut short."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        missing = [
+            key for key in ("hyper_parameters", "state_dict", "pytorch-lightning_version") if key not in checkpoint
+        ]
+    except Exception as error:  # of many kinds: of unpickling, zip
+        raise _no_checkpoint(file, error) from error
+    if missing or not isinstance(checkpoint, dict):
+        raise _no_checkpoint(file, f"there is no {missing[0] if missing else 'dict'} in it")
+    return checkpoint
+
+
+def _no_checkpoint(file: Path, error: object) -> UserError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{file} is no checkpoint of alrp-train: {text:.300}")
 
 
 def validate(words: Sequence[str]) -> int:
@@ -260,11 +296,19 @@ def validate(words: Sequence[str]) -> int:
     parser = _parser("validate")
     parser.add_argument("--out", type=Path | None, help="file for the metrics, as JSON")
     parser.add_class_arguments(CocoDataModule, "data")
-    before = Path(words[words.index("--run") + 1]) / _CONFIG if "--run" in words[:-1] else None
+    of_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_run.add_argument("--run", type=Path, nargs="?")
+    run = of_run.parse_known_args(list(words))[0].run
+    before = None if run is None else (run.parent if run.is_file() else run) / _CONFIG
     if before is not None and before.is_file():  # the data of the run, but for what is given
-        settings = yaml.safe_load(before.read_text(encoding="utf-8"))["data"]
-        parser.set_defaults({f"data.{name}": value for name, value in settings.items()})
+        try:
+            settings = yaml.safe_load(before.read_text(encoding="utf-8"))["data"]
+            parser.set_defaults({f"data.{name}": value for name, value in settings.items()})
+        except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{before} has no settings of data: {' '.join(str(error).split()):.300}") from error
     config = parser.parse_args(list(words))
+    if config.out:
+        _prepare(config.out)
     model, _ = _trained(config.run)
     data = cast("Any", parser.instantiate_classes(config)).data
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
@@ -297,11 +341,17 @@ def predict(words: Sequence[str]) -> int:
         raise UserError("give --images, or --root and --part")
     if config.batch < 1:
         raise UserError(f"--batch must be at least 1, got {config.batch}")
+    _prepare(config.out)
+    if config.pictures:
+        config.pictures.mkdir(parents=True, exist_ok=True)
     model, checkpoint = _trained(config.run)
     names = list(model.settings.categories.values())
     least = _thresholds(config.threshold, names, checkpoint)
     data = Images(_image_files(config.images)) if config.images else CocoDetection(find_part(config.root, config.part))
     data.check_images()
+    model.check_sizes(data)
+    if isinstance(data, CocoDetection) and data.coco.categories != model.settings.categories:
+        print(f"note: {data.coco.file} has other categories; results have the ids of the model's", file=sys.stderr)
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
     loader: DataLoader[Any] = DataLoader(data, config.batch, collate_fn=collate)
     batches: Any = trainer.predict(model, loader)
@@ -314,7 +364,6 @@ def predict(words: Sequence[str]) -> int:
     file_of = {number: str(data.path(index)) for index, number in enumerate(ids)}
     _write(config.out, [result | {"file_name": file_of[result["image_id"]]} for result in results])
     if config.pictures:
-        config.pictures.mkdir(parents=True, exist_ok=True)
         for one in found:
             save_detections(
                 [(data[one.index][0], one.detections, None)],

@@ -60,24 +60,39 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         return len(self.coco.image_ids)
 
     def path(self, index: int) -> Path:
+        """Whole names come first in all folders: another part may have a file of the same last name."""
         name = self.coco.names[index]
-        for folder, one in itertools.product(self.part.folders, dict.fromkeys((name, Path(name).name))):
+        plain = name.replace("\\", "/")  # as Windows writes them
+        for one, folder in itertools.product(dict.fromkeys((name, plain, Path(plain).name)), self.part.folders):
             if (folder / one).is_file():
                 return folder / one
         folders = ", ".join(map(str, self.part.folders))
         raise UserError(f"there is no image {name} of {self.part.annotations} in {folders}")
 
-    def check_images(self) -> None:
-        """Finds and measures all image files. UserError: one is missing, unreadable, or of another size than stated."""
+    @property
+    def sizes(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Width and height (I, 2)."""
+        return self.coco.sizes
 
-        def measure(index: int) -> None:
+    def check_images(self) -> None:
+        """Finds and measures all image files.
+
+        UserError: one is missing, unreadable, of another size than stated, or that of two names, of which folders are
+        gone.
+        """
+
+        def measure(index: int) -> Path:
             path, stated = self.path(index), self.coco.sizes[index].tolist()
             with opened(path) as file:
                 if list(file.size) != stated:
                     raise UserError(f"{path} has {file.size} pixels, its annotation file says {stated}")
+            return path
 
+        name_of: dict[Path, str] = {}
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(measure, range(len(self))))
+            for path, name in zip(pool.map(measure, range(len(self))), self.coco.names, strict=True):
+                if name_of.setdefault(path, name) != name:
+                    raise UserError(f"{name_of[path]} and {name} of {self.part.annotations} would both be {path}")
 
     def target(self, index: int) -> Target:
         rows = slice(self._first[index], self._first[index + 1])
@@ -96,14 +111,19 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
                 form: dict[str, Any] = {"format": "XYXY", "canvas_size": image.shape[-2:]}
                 boxes = tv_tensors.BoundingBoxes(target["boxes"], **form)
                 inputs = {"image": tv_tensors.Image(image), "boxes": boxes, "labels": target["labels"]}
-                inputs = _without_empty(self.transform(inputs))
+                inputs = v2.ClampBoundingBoxes()(self.transform(inputs))
+            # What a transform pushes over the border has less than a pixel there; what had less before stays.
+            least = min([1.0, *(_sides(target["boxes"]) / 2).tolist()])
+            kept = _sides(inputs["boxes"].as_subclass(Tensor)) >= least
+            inputs |= {key: inputs[key].as_subclass(Tensor)[kept] for key in ("boxes", "labels")}
             image = inputs.pop("image").as_subclass(Tensor)
             target |= {name: value.as_subclass(Tensor) for name, value in inputs.items()}
         return image, target, index
 
 
-# What a transform pushes over the border has less than a pixel there.
-_without_empty = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+def _sides(boxes: Tensor) -> Tensor:
+    """The shorter one of each."""
+    return (boxes[:, 2:] - boxes[:, :2]).amin(1)
 
 
 def batches_had(trainer: Any) -> int:
@@ -162,9 +182,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
         rank: of this process.
         processes: how many share a batch.
         taken: gives the number of batches that the run has had: the sampler goes on from there.
+        limit: Lightning's ``limit_train_batches``, after which an epoch ends: a number, or a share as a float.
     """
 
-    def __init__(self, images: int, batch: int, seed: int, rank: int, processes: int, taken: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch: int,
+        seed: int,
+        rank: int,
+        processes: int,
+        taken: Callable[[], int],
+        limit: int | float = 1.0,
+    ) -> None:
         if images < batch:
             raise UserError(f"a batch of {batch} images is more than the {images} there are")
         if batch % processes:
@@ -172,12 +202,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.images, self.batch, self.seed, self.taken = images, batch, seed, taken
         self.share = slice(rank * batch // processes, (rank + 1) * batch // processes)
         self.steps = images // batch
+        self.epoch = int(self.steps * limit) if isinstance(limit, float) else min(self.steps, limit)
+        if self.epoch < 1:
+            raise UserError(f"limit_train_batches {limit} leaves nothing of an epoch of {self.steps} batches")
 
     def __len__(self) -> int:
         return self.steps * (self.share.stop - self.share.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, first = divmod(self.taken(), self.steps)
+        epoch, first = divmod(self.taken(), self.epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
         for step in range(first, self.steps):
             for index in order[step * self.batch : (step + 1) * self.batch][self.share]:
@@ -244,7 +277,7 @@ class CocoDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._sampler().steps
+        return self._sampler().epoch
 
     def setup(self, stage: str) -> None:
         """Everything that can be wrong with the data is found here, before the first step."""
@@ -271,9 +304,8 @@ class CocoDataModule(LightningDataModule):
             raise UserError(f"{files[0]} and {files[1]} have other categories")
         if self.training.coco.crowd.all():
             raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
-        both = {self.training.path(0).parent / name for name in self.training.coco.names} & {
-            self.held_out.path(0).parent / name for name in self.held_out.coco.names
-        }
+        train, val = ({part.path(index) for index in range(len(part))} for part in (self.training, self.held_out))
+        both = train & val
         if both:
             rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
         self._sampler()
@@ -284,7 +316,10 @@ class CocoDataModule(LightningDataModule):
         def taken() -> int:
             return batches_had(self.trainer) if self.trainer else 0
 
-        return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken)
+        if self.trainer and self.trainer.overfit_batches:
+            raise UserError("overfit_batches needs batches that are the same in each epoch: write a part of few images")
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken, limit)
 
     def train_dataloader(self) -> DataLoader[Any]:
         sampler = self._sampler()
@@ -305,6 +340,7 @@ class CocoDataModule(LightningDataModule):
         transforms = [" ".join(repr(one).split()) for one in self.transforms]
         return {
             "data": self.training.coco.fingerprint,
+            "data to evaluate on": self.held_out.coco.fingerprint,
             "batch": self.batch,
             "seed": self.seed,
             "transforms": transforms,
@@ -314,7 +350,8 @@ class CocoDataModule(LightningDataModule):
         """UserError: the checkpoint is of other data, or of other batches."""
         for name, now in self.state_dict().items():
             if state_dict.get(name, now) != now:
-                seen = f"than {self.training.part.annotations}" if name == "data" else f"{state_dict[name]} (now {now})"
+                part = {"data": self.training, "data to evaluate on": self.held_out}.get(name)
+                seen = f"than {part.part.annotations}" if part else f"{state_dict[name]} (now {now})"
                 raise UserError(f"the checkpoint is of a run with other {name} {seen}")
 
 
@@ -328,6 +365,7 @@ class Images(Dataset[tuple[Tensor, Target, int]]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
+        self.sizes = np.zeros((0, 2))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -336,10 +374,12 @@ class Images(Dataset[tuple[Tensor, Target, int]]):
         return self.files[index]
 
     def check_images(self) -> None:
-        """UserError: one of the files is no image."""
+        """Measures them. UserError: one of the files is no image."""
+        sizes: list[tuple[int, int]] = []
         for path in self.files:
-            with opened(path):
-                pass
+            with opened(path) as file:
+                sizes.append(file.size)
+        self.sizes = np.array(sizes, np.float64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target, int]:
         return read_image(self.files[index]), {}, index

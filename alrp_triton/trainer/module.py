@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..integrations.head_loss import DetectorLoss
 from ..integrations.torchvision import use_ranking_loss
-from .data import Batch, batches_had, seed_of
+from .data import Batch, CocoDetection, Images, batches_had, seed_of
 from .detectors import make_detector
 from .errors import UserError
 from .evaluation import Evaluation, Found, evaluate
@@ -128,27 +128,27 @@ class RankingDetector(LightningModule):
             seen = (data.training if stage == "fit" else data.held_out).coco.categories
             if seen != self.settings.categories:
                 raise UserError(f"the model has the categories {self.settings.categories}, the data {seen}")
+            for part in (data.training, data.held_out) if stage == "fit" else (data.held_out,):
+                self.check_sizes(part)
         if stage != "fit":
             return
         if data is None:
             raise UserError("RankingDetector is trained on a CocoDataModule, which says how long an epoch is")
         self.batches_per_epoch = data.steps_per_epoch
         self.images_per_step = data.batch * self.trainer.accumulate_grad_batches
-        self._check_sizes(data)
         state = self.losses.state_dict()
         self.losses = self._put_in_loss(self.trainer.world_size)
         self.losses.load_state_dict(state)
 
-    def _check_sizes(self, data: Any) -> None:
-        """None may vanish when it is resized."""
+    def check_sizes(self, data: CocoDetection | Images) -> None:
+        """UserError: an image vanishes when it is resized."""
         transform: Any = self.detector.transform
-        for part in (data.training, data.held_out):
-            sizes = torch.from_numpy(part.coco.sizes)  # (I, 2)
-            scale = torch.minimum(min(transform.min_size) / sizes.amin(1), transform.max_size / sizes.amax(1))
-            for index in (sizes.amin(1) * scale < 1).nonzero().flatten().tolist():
-                raise UserError(
-                    f"{part.path(index)}, {part.coco.sizes[index].tolist()}, is too thin: resized it has no pixel left"
-                )
+        sizes = torch.from_numpy(data.sizes)  # (I, 2)
+        scale = torch.minimum(min(transform.min_size) / sizes.amin(1), transform.max_size / sizes.amax(1))
+        for index in (sizes.amin(1) * scale < 1).nonzero().flatten().tolist():
+            raise UserError(
+                f"{data.path(index)}, {data.sizes[index].tolist()}, is too thin: resized it has no pixel left"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -197,8 +197,16 @@ class RankingDetector(LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Lightning leaves modules as they are: those that stay in evaluation are put there."""
+        """Lightning leaves modules as they are: those that stay in evaluation are put there.
+
+        Where a run is lengthened its first learning rate is that of the longer run, too.
+        """
         self.train()
+        for scheduler in (one.scheduler for one in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                columns = (scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas)
+                for group, rate, share in zip(*columns, strict=True):
+                    group["lr"] = rate * share(scheduler.last_epoch)
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of images (3, H, W) in 0..1: ``boxes`` as corners, ``scores``, and ``labels`` from 0."""
