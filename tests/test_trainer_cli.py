@@ -276,7 +276,7 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
         (["--out"], "out"),
         (["--resume", "--out"], "out"),
         (["--resume"], "last.ckpt: there is none to --resume"),
-        (["--weights", "SCENES/none.pt"], "neither a file of weights nor a name of torchvision's"),
+        (["--weights", "SCENES/none.pt"], "neither a file nor a name of torchvision's"),
         (["--out", "SCENES/annotations/instances_val.json"], "instances_val.json is no folder"),
         (["--out", "SCENES/annotations/instances_val.json/run"], "instances_val.json"),
         (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),

@@ -316,7 +316,7 @@ class CocoDataModule(LightningDataModule):
         def taken() -> int:
             return batches_had(self.trainer) if self.trainer else 0
 
-        if self.trainer and self.trainer.overfit_batches:
+        if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("overfit_batches needs batches that are the same in each epoch: write a part of few images")
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         return EpochSampler(len(self.training), self.batch, self.seed, rank, processes, taken, limit)

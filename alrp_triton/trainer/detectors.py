@@ -103,7 +103,7 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: of unpickling, zip, json, the network
         raise UserError(
-            f"weights {source}: neither a file of weights nor a name of torchvision's: {' '.join(str(error).split()):.300}"
+            f"weights {source}: neither a file nor a name of torchvision's: {' '.join(str(error).split()):.300}"
         ) from error
     about = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
