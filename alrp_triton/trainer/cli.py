@@ -180,9 +180,7 @@ def _advise(config: Namespace, trainer: Trainer) -> None:
         )
 
 
-def _finish(
-    config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule, history: History
-) -> int:
+def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: CocoDataModule, history: History) -> int:
     assert model.evaluation is not None
     rows = {one["step"]: one for one in history.evaluations}
     best = max(rows.values(), key=lambda one: one["AP"] if one["AP"] == one["AP"] else -1)
@@ -268,7 +266,9 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
     """UserError: it is none, or was cut short."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        missing = [key for key in ("hyper_parameters", "state_dict", "pytorch-lightning_version") if key not in checkpoint]
+        missing = [
+            key for key in ("hyper_parameters", "state_dict", "pytorch-lightning_version") if key not in checkpoint
+        ]
     except Exception as error:  # of many kinds: of unpickling, zip
         raise _no_checkpoint(file, error) from error
     if missing or not isinstance(checkpoint, dict):

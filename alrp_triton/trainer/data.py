@@ -306,7 +306,9 @@ class CocoDataModule(LightningDataModule):
         if self.training.coco.categories != self.held_out.coco.categories:
             raise UserError(f"{files[0]} and {files[1]} have other categories")
         if self.held_out.coco.annotated and self.held_out.coco.crowd.all():
-            rank_zero_info(f"note: {files[1]} has no box to find, in {len(self.held_out)} images: AP and oLRP will be NaN")
+            rank_zero_info(
+                f"note: {files[1]} has no box to find, in {len(self.held_out)} images: AP and oLRP will be NaN"
+            )
         if self.training.coco.crowd.all():
             raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
         train, val = ({part.path(index) for index in range(len(part))} for part in (self.training, self.held_out))

@@ -102,8 +102,9 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return dict(weights.get_state_dict(progress=True)), {}
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: of unpickling, zip, json, the network
+        text = " ".join(str(error).split())
         raise UserError(
-            f"weights {source}: neither a file of weights nor a name of torchvision's: {' '.join(str(error).split()):.300}"
+            f"weights {source}: neither a file of weights nor a name of torchvision's: {text:.300}"
         ) from error
     about = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
