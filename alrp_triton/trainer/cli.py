@@ -17,13 +17,14 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback
@@ -45,6 +46,14 @@ from .pictures import save_curves, save_detections
 _CONFIG = "config.yaml"
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SHOWN = 12  # pictures
+
+
+class _Parser(LightningArgumentParser):
+    """Its errors are one line, without the list of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        raise UserError(f"{' '.join(lines)}; see {self.prog} --help") from ex
 
 
 class _Fit(LightningCLI):
@@ -89,7 +98,8 @@ class _Fit(LightningCLI):
         if config.weights and not config.resume:
             self.tensors, about = read_weights(config.weights)
             # Published for pretrained weights; and what was trained with other deviations of boxes keeps them.
-            config.model.freeze_norm = config.model.freeze_norm or any("running_var" in name for name in self.tensors)
+            if config.model.freeze_norm is None:
+                config.model.freeze_norm = any("running_var" in name for name in self.tensors)
             of_detector = any("regression_head." in name or "rpn.head." in name for name in self.tensors)
             if config.model.box_coder is None and config.model.loss != "torchvision" and of_detector:
                 config.model.box_coder = about.get("box_coder", "model")
@@ -100,7 +110,7 @@ class _Fit(LightningCLI):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.resume = False  # for a new run with these settings; --resume says it itself
-            self.parser.save(config, config.out / _CONFIG, overwrite=True, skip_none=False)
+            self.parser.save(config, config.out / _CONFIG, overwrite=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
@@ -144,6 +154,7 @@ def fit(words: Sequence[str]) -> int:
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
         },
+        parser_class=_Parser,
         parser_kwargs={"prog": "alrp-train fit", "description": __doc__},
         args=words,
         run=False,
@@ -240,8 +251,8 @@ def _print_rows(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str])
         print(f"{name:<24.24}" + "".join(f"{row[column]:>11.3f}" for column in columns))
 
 
-def _parser(command: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"alrp-train {command}", description=__doc__)
+def _parser(command: str) -> _Parser:
+    parser = _Parser(prog=f"alrp-train {command}", description=str(__doc__))
     parser.add_argument("--config", action="config", help="a file of these options")
     parser.add_argument("--run", type=Path, required=True, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, mps, auto")
@@ -398,6 +409,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of categories need not be of the terminal's alphabet
             stream.reconfigure(errors="backslashreplace")
+    # Each run has its logs there before its checkpoints.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     try:
         return COMMANDS[words[0]](words[1:])
     except SIGTERMException:

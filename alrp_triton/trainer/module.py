@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ..integrations.head_loss import DetectorLoss
@@ -43,7 +44,8 @@ class RankingDetector(LightningModule):
         warm_up: steps of linear warm-up.
         schedule: ``steps``: a tenth from 3/4 of the run on, a hundredth from 19/20 on, as published; or ``cosine``.
         period: of the self-balancing, in batches; None: an epoch.
-        freeze_norm: BatchNorm keeps the statistics that it begins with, as published for pretrained weights.
+        freeze_norm: BatchNorm keeps the statistics that it begins with, as published for pretrained weights; None: if
+            ``alrp-train`` has read some from ``--weights``.
         seed: of weights, and of what a detector draws in a step.
 
     Attributes:
@@ -71,7 +73,7 @@ class RankingDetector(LightningModule):
         warm_up: int = 500,
         schedule: Literal["steps", "cosine"] = "steps",
         period: int | None = None,
-        freeze_norm: bool = False,
+        freeze_norm: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -248,6 +250,8 @@ class RankingDetector(LightningModule):
             dist.all_gather_object(gathered, self.found)
             self.found = [one for part in gathered for one in part]
         self.found.sort(key=lambda one: one.index)
+        if self.evaluation is None:  # the first: without a bar it may look as if nothing happened
+            rank_zero_info(f"computing AP and oLRP of {len(self.found)} images")
         self.evaluation = evaluate(self.found, self.settings.categories)
         for name, value in self.evaluation.overall.items():
             self.log(name, value, prog_bar=name == "AP")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -41,8 +42,11 @@ def save_curves(history: Mapping[str, Sequence[Mapping[str, float]]], file: Path
                 boxes.plot(x, y, "--" if name.startswith("box") else "-", label=name.replace("_", " "))
             elif name != "total":
                 losses.plot(x, y, label=name)
-    losses.set(title="losses, as they are added up", yscale="log")
-    boxes.set(title="box loss: its weight, and its mean before", yscale="log")
+    losses.set(title="losses, as they are added up")
+    boxes.set(title="box loss: its weight, and its mean before")
+    for axes in (losses, boxes):
+        if any(torch.as_tensor(line.get_ydata()).gt(0).any() for line in axes.lines):
+            axes.set(yscale="log")
     quality.set(title="evaluation", ylim=(0, 1))
     rate.set(title="learning rate", xlabel="step")
     for axes in (losses, boxes, quality, rate):
