@@ -231,10 +231,12 @@ def test_errors_of_evaluations(package: str) -> None:
     evaluation.cocoGt.anns[0] = evaluation.cocoGt.anns.pop(1)
     with pytest.raises(ValueError, match="cocoGt of the evaluation has an annotation with id 0"):
         coco_olrp(evaluation)
-    for number in (-1, 2**53 + 1):
+    for number in (-1, 2**53 + 1, "7", None):
         evaluation = evaluated(package, preds, target)
         evaluation.cocoGt.anns[number] = evaluation.cocoGt.anns.pop(1)
-        with pytest.raises(ValueError, match=rf"cocoGt .* an annotation with id {number}; ids have to be 1 to 2\*\*53"):
+        with pytest.raises(
+            ValueError, match=rf"cocoGt .* an annotation with id {number!r}; ids have to be 1 to 2\*\*53"
+        ):
             coco_olrp(evaluation)
     twice = evaluated(package, preds, target)
     twice.cocoGt.dataset["annotations"].append(twice.cocoGt.dataset["annotations"][0])

@@ -251,3 +251,26 @@ def test_data_sets_are_told_apart(tmp_path: Path) -> None:
                of("annotations", area=2), of("annotations", image_id=9), of("images", file_name="other.png"),
                of("categories", name="other"), of("images", id=8))  # fmt: skip
     assert len({first, *(coco(tmp_path, change).fingerprint for change in changes)}) == 1 + len(changes)
+
+
+def test_flags_that_are_not_read(tmp_path: Path) -> None:
+    """Are counted: such objects are trained on and evaluated, as pycocotools does."""
+    seen = coco(tmp_path, of("annotations", 1, ignore=1))
+    assert any("1 annotations have ignore (id 2), which is not read" in note for note in seen.notes)
+    assert not any("ignore" in note for note in coco(tmp_path, of("annotations", 1, ignore=0)).notes)
+
+
+def test_categories_that_are_named_as_others_are_told_apart(tmp_path: Path) -> None:
+    def change(part: Content) -> None:
+        part["categories"] = [{"id": 7, "name": "a"}, {"id": 3, "name": "a"}, {"id": 5, "name": "a (7)"}]
+
+    assert len(set(coco(tmp_path, change).categories.values())) == 3
+
+
+def test_a_part_of_two_layouts(tmp_path: Path) -> None:
+    empty(tmp_path, "annotations/train.json", "train/_annotations.coco.json", "annotations/instances_train_val.json")
+    with pytest.raises(UserError, match=r"found annotations/train\.json, train/_annotations\.coco\.json"):
+        find_part(tmp_path, "train")
+    with pytest.raises(UserError, match="want one file "):  # which is train, too
+        find_part(tmp_path, "val")
+    assert find_part(tmp_path, "train_val").annotations.name == "instances_train_val.json"

@@ -309,5 +309,6 @@ def test_detections_are_drawn(count: int, tmp_path: Path) -> None:
 
     truth = {"truth": torch.rand(3, 4).double(), "truth_labels": torch.zeros(3, dtype=torch.int64), "iscrowd": torch.tensor([True, False, False])}  # fmt: skip
     pictures = [(torch.rand(3, 30, 40), one(4), truth), (torch.rand(3, 1, 1), one(0), truth), (torch.rand(3, 4, 400), one(2), None)]  # fmt: skip
-    save_detections((pictures * 2)[:count], ["$x_1$"], tmp_path / "detections.png")
+    for name in ("$x_1$", "$$", "a$b_{$", "\n"):
+        save_detections((pictures * 2)[:count], [name], tmp_path / "detections.png")
     assert (tmp_path / "detections.png").stat().st_size > 1000

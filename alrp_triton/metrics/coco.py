@@ -132,7 +132,11 @@ def _evaluate(
         )
     most = params.maxDets[-1]
     kept = most if max_dets is None else check_integer("max_dets", max_dets, 1, most)
-    classes = np.array(params.catIds if params.useCats else [-1], np.int64)
+    categories = params.catIds if params.useCats else [-1]
+    for one in categories:
+        if not _is_number(one) or one != int(one) or not -(2**63) <= one < 2**63:
+            raise ValueError(f"params.catIds of the evaluation must be whole numbers of 64 bits, got {one!r:.40}")
+    classes = np.array(categories, np.int64)
     if thresholds is not None and thresholds.shape not in ((), classes.shape):
         raise ValueError(
             f"score_threshold must be a number or one for each of {len(classes)} classes, got shape {thresholds.shape}"
@@ -175,10 +179,15 @@ def _check_ids(name: str, coco: Any) -> None:
         known = getattr(coco, index, {})
         if len(content.get(key, known)) > len(known):
             raise ValueError(f"{name} of the evaluation has {what} whose id another has: number {key} from 1")
-        wrong = next((one for one in known if not isinstance(one, str) and not least <= one <= _MOST_ID), None)
-        if wrong is not None:
+        for wrong in known:
+            if (isinstance(wrong, str) and index == "imgs") or (_is_number(wrong) and least <= wrong <= _MOST_ID):
+                continue
             wanted = f"{least} to 2**53, for the evaluation loses others: number {key} from 1"
-            raise ValueError(f"{name} of the evaluation has {what} with id {wrong}; ids have to be {wanted}")
+            raise ValueError(f"{name} of the evaluation has {what} with id {wrong!r:.40}; ids have to be {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating))
 
 
 def _error(error: Callable[..., LRPErrors], images: Iterable[_Matches], max_dets: int, tau: float) -> LRPErrors:

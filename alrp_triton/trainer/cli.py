@@ -14,6 +14,7 @@ Each command has --help, and takes --config FILE, such as the config.yaml that a
 import argparse
 import io
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -236,8 +237,8 @@ def _draw(draw: Callable[..., None], *arguments: Any) -> None:
 def _prepare(file: Path) -> None:
     """What cannot be written is found before the work."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8"):
-        pass
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{file} cannot be written to")
 
 
 def _write(file: Path, content: Any, **options: Any) -> None:

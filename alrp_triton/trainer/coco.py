@@ -19,6 +19,9 @@ LEAST_SIDE = 0.01
 _MOST_AREA = 1e10  # of COCO's range "all": objects with more would be ignored
 
 
+_PARTS = {"train", "val", "test"}
+
+
 class Part(NamedTuple):
     """One part of a data set: its annotation file, and the folders in which its images may lie, likeliest first."""
 
@@ -39,7 +42,11 @@ def find_part(root: Path, name: str) -> Part:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     files = {file.stem: file for file in sorted((root / "annotations").glob("*.json"))}
-    files |= {file.parent.name: file for file in sorted(root.glob("*/_annotations.coco.json"))}
+    for file in sorted(root.glob("*/_annotations.coco.json")):
+        if file.parent.name in files and file.parent.name == name:
+            seen = f"{files[name].relative_to(root)}, {file.relative_to(root)}"
+            raise UserError(f"want one file of {name} in {root}, found {seen}")
+        files[file.parent.name] = file
     found = [one for one in files if one == name] or [one for one in files if _has_words(one, name)]
     found = [one for one in found if one.startswith("instances")] or found
     if len(found) != 1:
@@ -52,7 +59,10 @@ def find_part(root: Path, name: str) -> Part:
 
 
 def _has_words(text: str, name: str) -> bool:
+    """But ``train_val`` is no ``val``: it has words of another part, too."""
     words, wanted = (re.findall("[a-z]+|[0-9]+", one.lower()) for one in (text, name))
+    if _PARTS & {*wanted} and _PARTS & {*words} - {*wanted}:
+        return False
     return any(words[first : first + len(wanted)] == wanted != [] for first in range(len(words)))
 
 
@@ -81,6 +91,8 @@ class Coco:
         named, times = sorted(self._by_id("category", categories).items()), Counter(name for _, name in categories)
         # Results are by name: those of one name, as Roboflow writes them, are told apart by their ids.
         self.categories = {one: name if times[name] == 1 else f"{name} ({one})" for one, name in named}
+        if len(set(self.categories.values())) < len(named):  # one is named as another is told apart
+            self.categories = {one: f"{name} ({one})" for one, name in named}
         images = self._each(content, "images", _read_image_entry)
         described = dict(sorted(self._by_id("image", images).items()))
         self.image_ids, self.names = list(described), [name for name, _, _ in described.values()]
@@ -92,6 +104,12 @@ class Coco:
             if self.annotated
             else []
         )
+        flagged = [row.get("id") for row in content["annotations"] if row.get("ignore")] if self.annotated else []
+        if flagged:
+            some = ", ".join([f"{one!r:.40}" for one in flagged[:3]] + ["…"] * (len(flagged) > 3))
+            self.notes.append(
+                f"{file}: {len(flagged)} annotations have ignore (id {some}), which is not read, as in COCO: iscrowd is"
+            )
         rows.sort(key=lambda row: row[0])
         self._keep_meaningful(rows)
         digest = hashlib.sha256(json.dumps([self.image_ids, self.names, list(self.categories.items())]).encode())

@@ -93,6 +93,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
             for path, name in zip(pool.map(measure, range(len(self))), self.coco.names, strict=True):
                 if name_of.setdefault(path, name) != name:
                     raise UserError(f"{name_of[path]} and {name} of {self.part.annotations} would both be {path}")
+        if len(name_of) < len(self):
+            twice = len(self) - len(name_of)
+            rank_zero_info(f"note: {self.part.annotations} lists {twice} image files once more, under other ids")
 
     def target(self, index: int) -> Target:
         rows = slice(self._first[index], self._first[index + 1])
@@ -302,6 +305,10 @@ class CocoDataModule(LightningDataModule):
             )
         if self.training.coco.categories != self.held_out.coco.categories:
             raise UserError(f"{files[0]} and {files[1]} have other categories")
+        if self.held_out.coco.annotated and self.held_out.coco.crowd.all():
+            rank_zero_info(
+                f"note: {files[1]} has no box to find, in {len(self.held_out)} images: AP and oLRP will be NaN"
+            )
         if self.training.coco.crowd.all():
             raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
         train, val = ({part.path(index) for index in range(len(part))} for part in (self.training, self.held_out))

@@ -115,4 +115,15 @@ def _draw(axes: Axes, box: Tensor, text: str, taken: list[Bbox], *, truth: bool 
             taken.append(label.padded(-0.02 * height))
             y = at
             break
-    axes.text(x, y, text, color=colour, fontsize=7, weight="bold", va="top", clip_on=True, path_effects=_ON_ANY)
+    axes.text(
+        x,
+        y,
+        text,
+        color=colour,
+        fontsize=7,
+        weight="bold",
+        va="top",
+        clip_on=True,
+        path_effects=_ON_ANY,
+        parse_math=False,
+    )
