@@ -15,6 +15,7 @@ from ..checks import check_integer, check_number
 from .lrp import FloatArray, LRPErrors, lrp_at, optimal_lrp
 
 _MOST_ID = 2**53
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 class COCOEvaluation(Protocol):
@@ -134,7 +135,7 @@ def _evaluate(
     kept = most if max_dets is None else check_integer("max_dets", max_dets, 1, most)
     categories = params.catIds if params.useCats else [-1]
     for one in categories:
-        if not _is_number(one) or one != int(one) or not -(2**63) <= one < 2**63:
+        if not isinstance(one, _NUMBERS) or one != int(one) or not -(2**63) <= one < 2**63:
             raise ValueError(f"params.catIds of the evaluation must be whole numbers of 64 bits, got {one!r:.40}")
     classes = np.array(categories, np.int64)
     if thresholds is not None and thresholds.shape not in ((), classes.shape):
@@ -180,14 +181,12 @@ def _check_ids(name: str, coco: Any) -> None:
         if len(content.get(key, known)) > len(known):
             raise ValueError(f"{name} of the evaluation has {what} whose id another has: number {key} from 1")
         for wrong in known:
-            if (isinstance(wrong, str) and index == "imgs") or (_is_number(wrong) and least <= wrong <= _MOST_ID):
+            if (isinstance(wrong, str) and index == "imgs") or (
+                isinstance(wrong, _NUMBERS) and least <= wrong <= _MOST_ID
+            ):
                 continue
             wanted = f"{least} to 2**53, for the evaluation loses others: number {key} from 1"
             raise ValueError(f"{name} of the evaluation has {what} with id {wrong!r:.40}; ids have to be {wanted}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating))
 
 
 def _error(error: Callable[..., LRPErrors], images: Iterable[_Matches], max_dets: int, tau: float) -> LRPErrors:
