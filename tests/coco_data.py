@@ -99,11 +99,15 @@ def said() -> Generator[io.StringIO]:
     """What Lightning's loggers say, and the package through them."""
     text = io.StringIO()
     handler, logger = logging.StreamHandler(text), logging.getLogger("lightning")
+    theirs = logging.getLogger("lightning.pytorch")
+    level = theirs.level
+    theirs.setLevel(logging.INFO)  # the comparison has silenced it, in the process of its tests, too
     logger.addHandler(handler)
     try:
         yield text
     finally:
         logger.removeHandler(handler)
+        theirs.setLevel(level)
 
 
 class Done(NamedTuple):

@@ -216,7 +216,9 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
     again = alrp_train("fit", "--resume", f"--out={tmp_path / 'kept'}")
     assert again.status == 0
     assert again.out.splitlines()[:-1] == done.out.splitlines()[:-1]
-    assert again.out.splitlines()[-1].startswith("last.ckpt, metrics.json, ")  # best.ckpt was not kept
+    assert again.out.splitlines()[-1].startswith(
+        f"in {tmp_path / 'kept'}/: last.ckpt, metrics.json, "
+    )  # best.ckpt was not kept
     assert same(*(json.loads((one / "metrics.json").read_text()) for one in (out, tmp_path / "kept")))
     # The learning rate depends on the length: what is lengthened is not what was long from the beginning.
     assert alrp_train("fit", "--out", tmp_path / "kept", "--resume", "--trainer.max_epochs", 3).status == 0

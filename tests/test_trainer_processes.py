@@ -41,7 +41,7 @@ from alrp_triton.trainer import RankingDetector, cli
 def step(self, batch, batch_idx, before=RankingDetector.training_step):
     loss = before(self, batch, batch_idx)
     if self.global_step == 4:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        os.killpg(os.getpgrp(), getattr(signal, sys.argv[1]))
     return loss
 RankingDetector.training_step = step
 sys.exit(cli.main(sys.argv[2:]))
@@ -54,13 +54,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_process_that_is_stopped_goes_on(name: str, tmp_path: Path) -> None:
-    """In an epoch; its checkpoint is of the step that it was in, whole. Where the locale has but one alphabet."""
+    """In an epoch; its checkpoint is of the step that it was in, whole. Where the locale has but one alphabet.
+
+    A terminal's Ctrl-C and a launcher's signals go to a group, so to the processes that load images, too.
+    """
     part = content(6) | {"categories": [{"id": 1, "name": "Löwe"}, {"id": 2, "name": "狮子"}]}
     held_out = content(2, "val{}.png") | {"categories": part["categories"]}
     folder = data_set(tmp_path / "data", part, held_out)
     for file in (folder / "annotations").iterdir():
         file.write_text(json.dumps(read(file), ensure_ascii=False), encoding="utf-8")
-    words = options(folder, tmp_path / "run", **FAST)
+    words = options(folder, tmp_path / "run", **FAST, data__workers=1)
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (done,) = run_together(["-c", STOPPED, name, "fit", *words], environment=environment(**locale))
     assert done.returncode == 143, done.stderr

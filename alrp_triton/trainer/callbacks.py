@@ -29,6 +29,7 @@ class KeepLast(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.file = folder / LAST
         self._saved, self._gradients = -1, list[Any]()
+        self._began: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"gradients": self._gradients}
@@ -36,7 +37,12 @@ class KeepLast(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._gradients = state_dict["gradients"]
 
+    def has_trained(self, trainer: Trainer) -> bool:
+        """Whether this process has taken a step."""
+        return self._began is not None and batches_had(trainer) > self._began
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._began = batches_had(trainer)
         for parameter, gradient in zip(pl_module.parameters(), self._gradients, strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._gradients = []
@@ -76,9 +82,8 @@ class KeepLast(Checkpoint):
         if batches_had(trainer) > max(self._saved, 0):  # else the checkpoint is of here already
             self._gradients = [one.grad for one in pl_module.parameters()] if loop._should_accumulate() else []
             self._save(trainer)
-        if not self.file.is_file():
-            return
-        rank_zero_info(f"stopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
+        if self.has_trained(trainer) and self.file.is_file():
+            rank_zero_info(f"\nstopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
 
     def _save(self, trainer: Trainer) -> None:
         _save_whole(trainer, self.file, lambda part: trainer.save_checkpoint(part, weights_only=False))

@@ -110,6 +110,7 @@ class _Fit(LightningCLI):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.resume = False  # for a new run with these settings; --resume says it itself
+            config.data.root = Path(config.data.root).resolve()
             self.parser.save(config, config.out / _CONFIG, overwrite=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -169,7 +170,14 @@ def fit(words: Sequence[str]) -> int:
     if config.evaluate_first and not config.resume:
         trainer.validate(model, datamodule=data, verbose=False)
     trainer.fit(model, datamodule=data, ckpt_path=config.out / LAST if config.resume else None, weights_only=True)
-    (history,) = (one for one in cast("Any", trainer).callbacks if isinstance(one, History))
+    callbacks: list[Any] = cast("Any", trainer).callbacks
+    (history,) = (one for one in callbacks if isinstance(one, History))
+    (last,) = (one for one in callbacks if isinstance(one, KeepLast))
+    if config.resume and not last.has_trained(trainer):
+        rank_zero_info(
+            f"note: the run is at its end, step {trainer.global_step}; a greater --trainer.max_epochs, or max_steps "
+            "where it ends by that, makes it longer"
+        )
     # There was nothing left to do, or the last evaluation is of before the end, such as that before training.
     if not model.found or not history.evaluations or history.evaluations[-1]["step"] != trainer.global_step:
         trainer.validate(model, datamodule=data, verbose=False)
@@ -212,8 +220,8 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
     _draw(_save_found, model, data.held_out, config.out / "detections.png")
     if len(model.found) < len(data.held_out):
         print(f"note: evaluated on {len(model.found)} of {len(data.held_out)} images", file=sys.stderr)
-    names = (BEST, LAST, "metrics.json", "detections.json", "curves.png", "detections.png")
-    print(f"{', '.join(name for name in names if (config.out / name).exists())} and logs are in {config.out}/")
+    names = (BEST, LAST, "metrics.json", "detections.json", "curves.png", "detections.png", "logs", "tensorboard")
+    print(f"in {config.out}/: {', '.join(name for name in names if (config.out / name).exists())}")
     ap50 = last["AP50"]
     if config.goal is not None and not ap50 >= config.goal:
         print(f"AP50 ended at {ap50:.3f}, below {config.goal}", file=sys.stderr)
@@ -242,6 +250,8 @@ def _prepare(file: Path) -> None:
 
 
 def _write(file: Path, content: Any, **options: Any) -> None:
+    """JSON has no NaN: what is undefined is null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     file.write_text(json.dumps(content, **options) + "\n", encoding="utf-8")
 
 

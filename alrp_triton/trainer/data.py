@@ -1,6 +1,7 @@
 """The pixels and targets of a data set in COCO format, in batches that a resumed run sees again."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -230,6 +231,12 @@ class _Loader(DataLoader[Any]):
         pass
 
 
+def _leave_group(_: int) -> None:
+    """Ctrl-C in a terminal, and a launcher's signals, go to all of a group; a run that stops needs its workers yet."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
 class CocoDataModule(LightningDataModule):
     """A data set in COCO format: ``root/annotations/instances_train2017.json``, ``root/train2017``, and so ``val``.
 
@@ -340,7 +347,13 @@ class CocoDataModule(LightningDataModule):
     def _loader(self, data: CocoDetection, indices: Any, batch: int) -> DataLoader[Any]:
         """Draws no number from torch's global generator, whose state belongs to the run."""
         return _Loader(
-            data, batch, sampler=indices, num_workers=self.workers, collate_fn=collate, generator=torch.Generator()
+            data,
+            batch,
+            sampler=indices,
+            num_workers=self.workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_group,
+            generator=torch.Generator(),
         )
 
     def state_dict(self) -> dict[str, Any]:

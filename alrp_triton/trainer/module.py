@@ -193,7 +193,7 @@ class RankingDetector(LightningModule):
         if self.settings.freeze_norm:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+                    module.train(False)
         return self
 
     def on_train_start(self) -> None:
@@ -254,7 +254,7 @@ class RankingDetector(LightningModule):
             rank_zero_info(f"computing AP and oLRP of {len(self.found)} images")
         self.evaluation = evaluate(self.found, self.settings.categories)
         for name, value in self.evaluation.overall.items():
-            self.log(name, value, prog_bar=name == "AP")
+            self.log(name, value, prog_bar=name == "AP", sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         by_category = self.evaluation.by_category if self.evaluation else {}

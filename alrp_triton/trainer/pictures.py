@@ -17,6 +17,7 @@ from torchvision.ops import box_convert
 
 _ON_ANY = [withStroke(linewidth=3, foreground="black", alpha=0.7)]
 _TRUE, _FOUND = "#7CFC00", "#FFD400"
+_MOST = 20  # detections in a picture
 _TEXT = 0.036  # height of a label, of the longer side of a picture
 
 Picture = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor] | None]
@@ -60,7 +61,7 @@ def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Pat
     """Draws images with detections (solid, yellow, with scores) and ground truth (dashed, green; crowds hatched).
 
     A ranking loss fixes the order of scores, not their level: an image shows as many detections as it has objects, or
-    all that are given where its truth is not known.
+    the 20 best where its truth is not known.
 
     Args:
         pictures: image (3, H, W) in 0..1, detections, and a target as :class:`alrp_triton.trainer.data.Batch` has it,
@@ -75,7 +76,7 @@ def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Pat
     for axes, (image, found, target) in zip(grid.flat, pictures, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
         taken: list[Bbox] = []
-        count = len(found["scores"])
+        count = _MOST
         if target is not None:
             count = int((~target["iscrowd"]).sum())
             boxes = box_convert(target["truth"], "xywh", "xyxy")
@@ -84,7 +85,8 @@ def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Pat
         for row in range(min(count, len(found["scores"]))):
             text = f"{names[int(found['labels'][row])]} {found['scores'][row]:.2f}"
             _draw(axes, found["boxes"][row], text, taken)
-    figure.suptitle("ground truth: green, dashed; crowds hatched. Detections: yellow, with scores")
+    if any(target is not None for _, _, target in pictures):
+        figure.suptitle("green, dashed: truth, crowds hatched; yellow: detections")
     figure.savefig(file, dpi=110)
 
 
