@@ -112,7 +112,6 @@ def train_one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict
     ``diverged`` is the step whose losses were not finite, where the run ended, or None.
     """
     torch.set_num_threads(1)  # two runs at a time, on two cores
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     settings, log = settings_of(name, lr, seed, steps), _Log()
     model, data = _make(settings, folder)
     trainer = Trainer(
@@ -294,6 +293,7 @@ def main() -> None:
         one.add_argument(f"--{name}", type=kind, required=True)
     options = parser.parse_args()
     if options.command == "one":
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         result = train_one(options.name, options.lr, options.seed, options.steps, options.data)
         _write(options.file, result)
         return

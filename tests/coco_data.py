@@ -1,4 +1,7 @@
-"""Small data sets in COCO format, and the trainer's command line in this process."""
+"""Small data sets in COCO format, and the trainer's command line in this process.
+
+Where a part of the extra ``trainer`` is missing, importing this skips: ``pytest.importorskip("tests.coco_data")``.
+"""
 
 import io
 import json
@@ -13,6 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+for _module in (
+    "torchvision.ops",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "faster_coco_eval",
+    "matplotlib",
+    "safetensors",
+):
+    pytest.importorskip(_module, reason=f"{_module} is the trainer's, not the package's", exc_type=ImportError)
 
 Content = dict[str, Any]
 
@@ -99,15 +113,11 @@ def said() -> Generator[io.StringIO]:
     """What Lightning's loggers say, and the package through them."""
     text = io.StringIO()
     handler, logger = logging.StreamHandler(text), logging.getLogger("lightning")
-    theirs = logging.getLogger("lightning.pytorch")
-    level = theirs.level
-    theirs.setLevel(logging.INFO)  # the comparison has silenced it, in the process of its tests, too
     logger.addHandler(handler)
     try:
         yield text
     finally:
         logger.removeHandler(handler)
-        theirs.setLevel(level)
 
 
 class Done(NamedTuple):
@@ -139,6 +149,9 @@ def alrp_train(*words: object) -> Done:
     assert isinstance(status, int)
     return Done(status, out.getvalue(), err.getvalue(), log.getvalue())
 
+
+FAST = {"model__optimizer": "adamw", "model__lr": 3e-3, "trainer__max_epochs": 2}
+"""For :func:`options`: two epochs in which something is learnt."""
 
 SMALL: dict[str, object] = {
     "model.detector": "retinanet_small",

@@ -8,18 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("alrp_triton.trainer", reason="the comparison trains with it", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 pytest.importorskip("sklearn", reason="the comparison's data are scikit-learn's")
-pytest.importorskip("faster_coco_eval", reason="the comparison evaluates with faster-coco-eval")
 
 from alrp_triton.trainer import Found
 from bench import comparison, side_by_side
 from examples import digits
+from tests.coco_data import MARKS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),  # of Lightning's own
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-]
+pytestmark = MARKS
 
 SCENES, HELD_OUT = 24, 3
 

@@ -280,7 +280,7 @@ def test_a_constant(section: str, name: str) -> None:
 
 
 def test_the_recipe_of_the_trainer() -> None:
-    pytest.importorskip("alrp_triton.trainer", exc_type=ImportError)
+    pytest.importorskip("tests.coco_data")
     found = trainer()
     assert {name: row.here for name, row in rows("Recipe of the trainer").items()} == {
         name: value() for name, value in found.items()

@@ -15,17 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip(
-    "torchvision.ops", reason="torchvision.ops is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("lightning", reason="lightning is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("torchmetrics", reason="torchmetrics is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("jsonargparse", reason="jsonargparse is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "faster_coco_eval", reason="faster_coco_eval is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("matplotlib", reason="matplotlib is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("safetensors", reason="safetensors is the trainer's, not the package's", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 
 
 from alrp_triton.trainer import (
@@ -38,11 +28,10 @@ from alrp_triton.trainer import (
 from alrp_triton.trainer import cli as command_line
 from alrp_triton.trainer.data import batches_had
 from alrp_triton.trainer.evaluation import Found
-from tests.coco_data import MARKS, Done, Lost, alrp_train, content, cut_short, data_set, fit, ignore, same
+from tests.coco_data import FAST, MARKS, Done, Lost, alrp_train, content, cut_short, data_set, fit, ignore, same
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("one_thread")]
 CATEGORIES = {1: "cat", 2: "dog"}
-FAST = {"model__optimizer": "adamw", "model__lr": 3e-3, "trainer__max_epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +349,22 @@ def test_evaluation(scenes: Path, tmp_path: Path) -> None:
     for found in (nothing, something):
         overall, _ = evaluate(as_found(bare, found), bare.coco.categories)
         assert all(np.isnan(overall[name]) for name in ("AP", "AP50", "oLRP"))
+
+
+def test_average_precision_of_a_recall_that_is_a_threshold() -> None:
+    """Of five objects three are found, all true: precision is 1 at the recalls 0, 0.01 … 0.60, of COCO's 101."""
+    box, one, none = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]), torch.zeros(0, dtype=torch.int64)
+    truth = {
+        "truth": box.double(),
+        "truth_labels": one,
+        "iscrowd": torch.tensor([False]),
+        "area": torch.tensor([100.0]),
+    }
+    hit = {"boxes": box, "labels": one, "scores": torch.tensor([0.9])}
+    miss = {"boxes": box[:0], "labels": none, "scores": torch.zeros(0)}
+    found = [Found(index, hit if index < 3 else miss, truth) for index in range(5)]
+    overall, by_category = evaluate(found, {1: "cat"})
+    assert [overall["AP"], overall["AP50"], by_category["cat"]["AP"]] == pytest.approx([61 / 101] * 3, abs=1e-6)
 
 
 def test_images_are_told_apart_by_ids_beyond_2_to_53(tmp_path: Path) -> None:

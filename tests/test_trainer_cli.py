@@ -11,26 +11,28 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip(
-    "torchvision.ops", reason="torchvision.ops is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("lightning", reason="lightning is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("torchmetrics", reason="torchmetrics is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("jsonargparse", reason="jsonargparse is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "faster_coco_eval", reason="faster_coco_eval is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("matplotlib", reason="matplotlib is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("safetensors", reason="safetensors is the trainer's, not the package's", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 
 from PIL import Image
 
 from alrp_triton.trainer import RankingDetector
 from alrp_triton.trainer import cli as command_line
-from tests.coco_data import MARKS, Lost, alrp_train, content, cut_short, data_set, fit, ignore, options, read, same
+from tests.coco_data import (
+    FAST,
+    MARKS,
+    Lost,
+    alrp_train,
+    content,
+    cut_short,
+    data_set,
+    fit,
+    ignore,
+    options,
+    read,
+    same,
+)
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("one_thread")]
-FAST = {"model__optimizer": "adamw", "model__lr": 3e-3, "trainer__max_epochs": 2}
 
 
 @pytest.fixture(scope="module")

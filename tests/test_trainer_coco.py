@@ -7,17 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip(
-    "torchvision.ops", reason="torchvision.ops is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("lightning", reason="lightning is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("torchmetrics", reason="torchmetrics is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("jsonargparse", reason="jsonargparse is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "faster_coco_eval", reason="faster_coco_eval is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("matplotlib", reason="matplotlib is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("safetensors", reason="safetensors is the trainer's, not the package's", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 
 
 from alrp_triton.trainer import Coco, UserError, find_part

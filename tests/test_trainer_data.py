@@ -9,17 +9,7 @@ import torch
 
 pytest.importorskip("sklearn", reason="sklearn is the examples', not the package's", exc_type=ImportError)
 pytest.importorskip("pycocotools", reason="pycocotools is the tests', not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "torchvision.ops", reason="torchvision.ops is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("lightning", reason="lightning is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("torchmetrics", reason="torchmetrics is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("jsonargparse", reason="jsonargparse is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "faster_coco_eval", reason="faster_coco_eval is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("matplotlib", reason="matplotlib is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("safetensors", reason="safetensors is the trainer's, not the package's", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 
 from PIL import Image
 from pycocotools.coco import COCO

@@ -9,25 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip(
-    "torchvision.ops", reason="torchvision.ops is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("lightning", reason="lightning is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("torchmetrics", reason="torchmetrics is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("jsonargparse", reason="jsonargparse is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip(
-    "faster_coco_eval", reason="faster_coco_eval is the trainer's, not the package's", exc_type=ImportError
-)
-pytest.importorskip("matplotlib", reason="matplotlib is the trainer's, not the package's", exc_type=ImportError)
-pytest.importorskip("safetensors", reason="safetensors is the trainer's, not the package's", exc_type=ImportError)
+pytest.importorskip("tests.coco_data")
 
 
 from alrp_triton.trainer import RankingDetector
-from tests.coco_data import MARKS, alrp_train, content, data_set, fit, options, read, same
+from tests.coco_data import FAST, MARKS, alrp_train, content, data_set, fit, options, read, same
 from tests.processes import ROOT, run_together
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("one_thread")]
-FAST = {"model__optimizer": "adamw", "model__lr": 3e-3, "trainer__max_epochs": 2}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from .callbacks import BEST, LAST, History, KeepBest, KeepLast, Progress
 from .coco import find_part
 from .data import CocoDataModule, CocoDetection, Images, collate
 from .detectors import SMALL, load_weights, read_weights
-from .errors import UserError
+from .errors import UserError, in_a_line
 from .evaluation import Found, as_results
 from .module import RankingDetector
 from .pictures import save_curves, save_detections
@@ -116,12 +116,9 @@ class _Fit(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
         given: Any = self.config_init
-        callbacks: list[Any] = [
-            History(),
-            KeepBest(out),
-            KeepLast(out),
-            LambdaCallback(on_train_start=self._save_config),
-        ]
+        self.history, self.last = History(), KeepLast(out)
+        save_config = LambdaCallback(on_train_start=self._save_config)
+        callbacks: list[Any] = [self.history, KeepBest(out), self.last, save_config]
         if given.trainer.enable_progress_bar is not False:
             callbacks.append(Progress())
         if config.ema is not None:
@@ -134,15 +131,20 @@ class _Fit(LightningCLI):
         return super().instantiate_trainer(default_root_dir=out, logger=logger, **kwargs)
 
 
+def _ahead(words: Sequence[str], *names: str) -> list[str]:
+    """Values of options that others take their defaults from; empty where they are not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name, nargs="?", const="true", default="")
+    return list(vars(parser.parse_known_args(list(words))[0]).values())
+
+
 def fit(words: Sequence[str]) -> int:
     """Trains; 1 if the goal was not reached."""
     words = list(words)
-    of_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    of_run.add_argument("--out", type=Path, nargs="?")
-    of_run.add_argument("--resume", nargs="?", const=True)
-    run, _ = of_run.parse_known_args(words)
-    if run.resume and run.out and (run.out / _CONFIG).is_file():
-        words = ["--config", str(run.out / _CONFIG), *words]
+    out, resume = _ahead(words, "--out", "--resume")
+    if resume and out and (Path(out) / _CONFIG).is_file():
+        words = ["--config", str(Path(out) / _CONFIG), *words]
     cli = _Fit(
         RankingDetector,
         CocoDataModule,
@@ -170,10 +172,8 @@ def fit(words: Sequence[str]) -> int:
     if config.evaluate_first and not config.resume:
         trainer.validate(model, datamodule=data, verbose=False)
     trainer.fit(model, datamodule=data, ckpt_path=config.out / LAST if config.resume else None, weights_only=True)
-    callbacks: list[Any] = cast("Any", trainer).callbacks
-    (history,) = (one for one in callbacks if isinstance(one, History))
-    (last,) = (one for one in callbacks if isinstance(one, KeepLast))
-    if config.resume and not last.has_trained(trainer):
+    history = cli.history
+    if config.resume and not cli.last.has_trained(trainer):
         rank_zero_info(
             f"note: the run is at its end, step {trainer.global_step}; a greater --trainer.max_epochs, or max_steps "
             "where it ends by that, makes it longer"
@@ -298,8 +298,7 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def _no_checkpoint(file: Path, error: object) -> UserError:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{file} is no checkpoint of alrp-train: {text:.300}")
+    return UserError(f"{file} is no checkpoint of alrp-train: {in_a_line(error)}")
 
 
 def validate(words: Sequence[str]) -> int:
@@ -307,16 +306,15 @@ def validate(words: Sequence[str]) -> int:
     parser = _parser("validate")
     parser.add_argument("--out", type=Path | None, help="file for the metrics, as JSON")
     parser.add_class_arguments(CocoDataModule, "data")
-    of_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    of_run.add_argument("--run", type=Path, nargs="?")
-    run = of_run.parse_known_args(list(words))[0].run
-    before = None if run is None else (run.parent if run.is_file() else run) / _CONFIG
-    if before is not None and before.is_file():  # the data of the run, but for what is given
+    (given,) = _ahead(words, "--run")
+    run = Path(given or "")
+    before = (run.parent if run.is_file() else run) / _CONFIG
+    if given and before.is_file():  # the data of the run, but for what is given
         try:
             settings = yaml.safe_load(before.read_text(encoding="utf-8"))["data"]
             parser.set_defaults({f"data.{name}": value for name, value in settings.items()})
         except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{before} has no settings of data: {' '.join(str(error).split()):.300}") from error
+            raise UserError(f"{before} has no settings of data: {in_a_line(error)}") from error
     config = parser.parse_args(list(words))
     if config.out:
         _prepare(config.out)

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, in_a_line
 
 LEAST_SIDE = 0.01
 """Pixels. A box with a shorter side, inside of its image, is none: in float32 it may have no area once resized."""
 
 _MOST_AREA = 1e10  # of COCO's range "all": objects with more would be ignored
-
-
 _PARTS = {"train", "val", "test"}
 
 
@@ -99,17 +97,10 @@ class Coco:
         self.sizes = np.array([size for _, *size in described.values()], np.float64)
         index_of = {number: index for index, number in enumerate(self.image_ids)}
         label_of = {number: label for label, number in enumerate(self.categories)}
-        rows = (
-            self._each(content, "annotations", lambda row: _read_annotation(row, index_of, label_of))
-            if self.annotated
-            else []
-        )
-        flagged = [row.get("id") for row in content["annotations"] if row.get("ignore")] if self.annotated else []
-        if flagged:
-            some = ", ".join([f"{one!r:.40}" for one in flagged[:3]] + ["…"] * (len(flagged) > 3))
-            self.notes.append(
-                f"{file}: {len(flagged)} annotations have ignore (id {some}), which is not read, as in COCO: iscrowd is"
-            )
+        content.setdefault("annotations", [])
+        rows = self._each(content, "annotations", lambda row: _read_annotation(row, index_of, label_of))
+        flagged = [row.get("id") for row in content["annotations"] if row.get("ignore")]
+        self._note("{} have ignore", flagged, ", which is not read, as in COCO: iscrowd is")
         rows.sort(key=lambda row: row[0])
         self._keep_meaningful(rows)
         digest = hashlib.sha256(json.dumps([self.image_ids, self.names, list(self.categories.items())]).encode())
@@ -128,7 +119,7 @@ class Coco:
                 known = isinstance(row, dict) and "id" in row
                 name = f"id {row['id']!r:.40}" if known else f"number {number}, without an id"
                 text = f"has no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{self.file}: {key}, {name}: {text:.300}") from error
+                raise UserError(f"{self.file}: {key}, {name}: {in_a_line(text)}") from error
         return out
 
     def _by_id(self, what: str, rows: list[tuple[Any, ...]]) -> dict[int, Any]:
@@ -139,6 +130,12 @@ class Coco:
         if not by_id:
             raise UserError(f"{self.file} lists no {what}")
         return by_id
+
+    def _note(self, text: str, ids: list[Any], more: str = "") -> None:
+        """Says of which annotations, if there are any, the text is."""
+        if ids:
+            some = ", ".join([f"{one!r:.40}" for one in ids[:3]] + ["…"] * (len(ids) > 3))
+            self.notes.append(f"{self.file}: {text.format(f'{len(ids)} annotations')} (id {some}){more}")
 
     def _keep_meaningful(self, rows: list[tuple[Any, ...]]) -> None:
         """Leaves out boxes that mean nothing, and says so."""
@@ -166,10 +163,7 @@ class Coco:
             ("left out {} with a box that has no area inside of its image", ~missing & finite & empty),
             ("took the area of the box for {} with an area below 0 or beyond 1e10", kept & bad_area),
         ):
-            rows_of = np.flatnonzero(which).tolist()
-            if rows_of:
-                some = ", ".join([f"{ids[row]!r:.40}" for row in rows_of[:3]] + ["…"] * (len(rows_of) > 3))
-                self.notes.append(f"{self.file}: {text.format(f'{len(rows_of)} annotations')} (id {some})")
+            self._note(text, [ids[row] for row in np.flatnonzero(which)])
         self.image, self.xywh, self.corners = image[kept], xywh[kept], inside[kept]
         self.label, self.crowd = label[kept], crowd[kept]
         self.area = np.where(bad_area | np.isnan(area), of_box, area)[kept]
@@ -185,7 +179,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())  # UTF-8, with a byte order mark or without, UTF-16 or UTF-32
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{file} is no JSON: {error!s:.300}") from error
+        raise UserError(f"{file} is no JSON: {in_a_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is no COCO annotation file: it holds {reprlib.repr(content)}")
     return content

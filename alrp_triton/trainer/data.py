@@ -55,12 +55,22 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
     def __init__(self, part: Part, transform: Callable[..., Any] | None = None, seed: int = 0) -> None:
         self.part, self.transform, self.seed = part, transform, seed
         self.coco = Coco(part.annotations)
+        self._paths: list[Path] = []  # of all images, once they have been looked for
         self._first = np.searchsorted(self.coco.image, np.arange(len(self.coco.image_ids) + 1))
 
     def __len__(self) -> int:
         return len(self.coco.image_ids)
 
     def path(self, index: int) -> Path:
+        """The file of an image. UserError: there is none."""
+        return self._paths[index] if self._paths else self._find(index)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether all image files have been found and measured."""
+        return bool(self._paths)
+
+    def _find(self, index: int) -> Path:
         """Whole names come first in all folders: another part may have a file of the same last name."""
         name = self.coco.names[index]
         plain = name.replace("\\", "/")  # as Windows writes them
@@ -83,7 +93,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
         """
 
         def measure(index: int) -> Path:
-            path, stated = self.path(index), self.coco.sizes[index].tolist()
+            path, stated = self._find(index), self.coco.sizes[index].tolist()
             with opened(path) as file:
                 if list(file.size) != stated:
                     raise UserError(f"{path} has {file.size} pixels, its annotation file says {stated}")
@@ -91,12 +101,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target, int]]):
 
         name_of: dict[Path, str] = {}
         with ThreadPoolExecutor(8) as pool:
-            for path, name in zip(pool.map(measure, range(len(self))), self.coco.names, strict=True):
-                if name_of.setdefault(path, name) != name:
-                    raise UserError(f"{name_of[path]} and {name} of {self.part.annotations} would both be {path}")
+            paths = list(pool.map(measure, range(len(self))))
+        for path, name in zip(paths, self.coco.names, strict=True):
+            if name_of.setdefault(path, name) != name:
+                raise UserError(f"{name_of[path]} and {name} of {self.part.annotations} would both be {path}")
         if len(name_of) < len(self):
             twice = len(self) - len(name_of)
             rank_zero_info(f"note: {self.part.annotations} lists {twice} image files once more, under other ids")
+        self._paths = paths
 
     def target(self, index: int) -> Target:
         rows = slice(self._first[index], self._first[index + 1])
@@ -295,6 +307,8 @@ class CocoDataModule(LightningDataModule):
         if stage == "fit":
             self._check_both()
         for part, use in zip(reversed(parts), ("to evaluate on", "to train on"), strict=False):
+            if part.is_checked:  # by an evaluation before training, or by training before one
+                continue
             coco = part.coco
             counts = f"{len(part)} images, {(~coco.crowd).sum()} boxes, {len(coco.categories)} categories"
             rank_zero_info(f"{coco.file}: {counts} {use}")
@@ -303,6 +317,9 @@ class CocoDataModule(LightningDataModule):
             if not coco.annotated:
                 raise UserError(f"{coco.file} has no annotations {use}")
             part.check_images()
+        both = set.intersection(*({part.path(index) for index in range(len(part))} for part in parts))
+        if stage == "fit" and both:
+            rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
 
     def _check_both(self) -> None:
         files = [part.part.annotations for part in (self.training, self.held_out)]
@@ -318,10 +335,6 @@ class CocoDataModule(LightningDataModule):
             )
         if self.training.coco.crowd.all():
             raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
-        train, val = ({part.path(index) for index in range(len(part))} for part in (self.training, self.held_out))
-        both = train & val
-        if both:
-            rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
         self._sampler()
 
     def _sampler(self) -> EpochSampler:

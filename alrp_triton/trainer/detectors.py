@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
-from .errors import UserError
+from .errors import UserError, in_a_line
 
 SMALL = "retinanet_small"
 DETECTORS = (
@@ -102,9 +102,7 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return dict(weights.get_state_dict(progress=True)), {}
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: of unpickling, zip, json, the network
-        raise UserError(
-            f"weights {source}: neither a file nor a name of torchvision's: {' '.join(str(error).split()):.300}"
-        ) from error
+        raise UserError(f"weights {source}: neither a file nor a name of torchvision's: {in_a_line(error)}") from error
     about = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

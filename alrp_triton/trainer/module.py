@@ -153,13 +153,9 @@ class RankingDetector(LightningModule):
     @property
     def total_steps(self) -> int:
         """Of the whole run; the learning rate depends on it."""
-        trainer, per_epoch = (
-            self.trainer,
-            math.ceil((self.batches_per_epoch or 1) / self.trainer.accumulate_grad_batches),
-        )
-        ends = [trainer.max_steps] * (trainer.max_steps > 0) + [(trainer.max_epochs or 0) * per_epoch] * (
-            (trainer.max_epochs or 0) > 0
-        )
+        trainer = self.trainer
+        per_epoch = math.ceil((self.batches_per_epoch or 1) / trainer.accumulate_grad_batches)
+        ends = [end for end in (trainer.max_steps, (trainer.max_epochs or 0) * per_epoch) if end > 0]  # -1: none
         if not ends:
             raise UserError("the schedule needs an end of the run: give max_epochs or max_steps")
         return min(ends)
