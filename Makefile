@@ -106,6 +106,7 @@ clean:  ## Remove all that was made here
 .venv/.mmdet: .venv/.dev
 	$(RUN) $(PIP) --no-deps mmdet==3.3.0 mmengine==0.10.7 mmcv-lite==2.1.0
 	$(RUN) $(PIP) addict opencv-python-headless pyyaml rich shapely six termcolor terminaltables yapf
+	$(RUN) -c "import yapf"  # leaves its grammar in a cache, of which tests in two processes would read what is half written
 	@touch $@
 
 .venv/.%: pyproject.toml | .venv/bin/python
