@@ -222,17 +222,30 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("words", [["--evaluate_first"], ["--trainer.num_sanity_val_steps", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--evaluate_first", "--trainer.check_val_every_n_epoch", 5],
+        ["--trainer.num_sanity_val_steps", "1", "--trainer.check_val_every_n_epoch", 5],
+        ["--trainer.max_epochs", 9, "--trainer.max_steps", 5],
+        ["--trainer.max_steps", 2, "--trainer.accumulate_grad_batches", 2],
+    ],
+)
 def test_a_run_ends_with_an_evaluation_of_its_end(words: list[str], scenes: Path, tmp_path: Path) -> None:
-    """And not with that of before training, where there is no other."""
-    done = fit(scenes, tmp_path / "run", *words, "--trainer.check_val_every_n_epoch", 5, **FAST)
-    assert done.status == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["evaluations"][-1]["step"] == 6
-    assert "best.ckpt" not in done.out
-    whole = fit(scenes, tmp_path / "whole", **FAST)
-    assert whole.status == 0
-    assert same(metrics["by_category"], json.loads((tmp_path / "whole" / "metrics.json").read_text())["by_category"])
+    """Between the epochs that are evaluated, or in one; and what it leaves is of there, too."""
+    out = tmp_path / "run"
+    assert fit(scenes, out, *words, **FAST).status == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    end = {"--trainer.max_epochs": 5, "--trainer.max_steps": 2}.get(words[0], 6)
+    assert metrics["evaluations"][-1]["step"] == metrics["step"] == end
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = torch.load(out / name, weights_only=True)
+        assert checkpoint["global_step"] == end
+        assert checkpoint["thresholds"].keys() == metrics["by_category"].keys()
+        assert (
+            alrp_train("validate", "--run", out / name, "--accelerator", "cpu", "--out", tmp_path / "again").status == 0
+        )
+        assert same(json.loads((tmp_path / "again").read_text())["by_category"], metrics["by_category"])
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -161,6 +161,7 @@ def test_predict_in_images(finished: Path, scenes: Path, tmp_path: Path) -> None
         (["--images", "SCENES/images", "--accelerator", "gpu"], "No supported gpu backend found"),
         (["--images", "SCENES/images", "--accelerator", "abacus"], "abacus"),
         (["--images", "SCENES/images", "--threshold", "best"], "threshold"),
+        (["--images", "SCENES/images", "--threshold", "30"], "--threshold must be in 0..1, or optimal, got 30"),
         (["--images", "SCENES/images", "--batch", "0"], "batch"),
         (["--images", "SCENES/images", "--out", "SCENES"], "SCENES"),
     ],
@@ -221,6 +222,13 @@ def test_checkpoints_that_are_none(state: Any, finished: Path, tmp_path: Path) -
         assert re.match(r"\S*last\.ckpt is no checkpoint of alrp-train: \w", done.error)
 
 
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    """Is what is said, and not that its data are missing."""
+    for words in (["validate", "--run", tmp_path / "no"], ["fit", "--resume", "--out", tmp_path / "no"]):
+        done = alrp_train(*words)
+        assert (done.status, done.error.startswith(f"there is no checkpoint {tmp_path / 'no'}")) == (2, True)
+
+
 def test_configurations_of_runs(finished: Path, scenes: Path, tmp_path: Path) -> None:
     """``validate`` takes that of the folder in which a checkpoint is, however --run is written."""
     for run in (["--run", finished / "last.ckpt"], [f"--run={finished}"]):
@@ -271,6 +279,7 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
         (["--data.train", "trainval"], "want one file "),
         (["--data.root", "SCENES/nowhere"], "there is no folder SCENES/nowhere"),
         (["--data.roof", "SCENES"], "data.roof"),
+        (["--model.siz", "48"], "model.siz"),  # no options in part
         (["--model.loss", "focal"], "focal"),
         (["--model.detector", "yolo"], "detector must be one of "),
         (["--model.loss", "torchvision", "--model.assignment", "atss"], "assignment, box_weight and box_coder need a ranking"),
@@ -279,8 +288,9 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
         (["--model.size", "0"], "size and period must be at least 1"),
         (["--out"], "out"),
         (["--resume", "--out"], "out"),
-        (["--resume"], "last.ckpt: there is none to --resume"),
-        (["--weights", "SCENES/none.pt"], "neither a file nor a name of torchvision's"),
+        (["--resume"], "out/last.ckpt"),
+        (["--weights", "SCENES/none.pt"], "there is no such file, and none of this name at torchvision"),
+        (["--weights", "SCENES/annotations/instances_val.json"], "instances_val.json: cannot be read: "),
         (["--out", "SCENES/annotations/instances_val.json"], "instances_val.json is no folder"),
         (["--out", "SCENES/annotations/instances_val.json/run"], "instances_val.json"),
         (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),

@@ -119,6 +119,14 @@ class KeepBest(ModelCheckpoint):
             super().load_state_dict(state_dict | moved | {"best_k_models": dict.fromkeys([str(best)], *scores)})
 
 
+class EvaluateAtEnd(Callback):
+    """A run that ends in mid-epoch, or between the epochs that are evaluated, is evaluated where it ends."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= pl_module.total_steps:
+            trainer.should_stop, trainer.check_val_every_n_epoch = True, 1  # Lightning evaluates before it stops
+
+
 class History(Callback):
     """Losses and evaluations of a run, through all of its resumptions; kept in the checkpoints."""
 

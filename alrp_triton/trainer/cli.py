@@ -14,6 +14,7 @@ Each command has --help, and takes --config FILE, such as the config.yaml that a
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 import traceback
@@ -24,7 +25,7 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback
@@ -34,7 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from .callbacks import BEST, LAST, History, KeepBest, KeepLast, Progress
+from .callbacks import BEST, LAST, EvaluateAtEnd, History, KeepBest, KeepLast, Progress
 from .coco import find_part
 from .data import CocoDataModule, CocoDetection, Images, collate
 from .detectors import SMALL, load_weights, read_weights
@@ -46,10 +47,19 @@ from .pictures import save_curves, save_detections
 _CONFIG = "config.yaml"
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SHOWN = 12  # pictures
+_OF_CATEGORY = ("AP", "oLRP", "threshold")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description."""
 
 
 class _Parser(LightningArgumentParser):
-    """Its errors are one line, without the list of all options."""
+    """Options by their whole names; errors in one line, without the list of all options."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        of_ours: dict[str, Any] = {"description": __doc__, "formatter_class": _Help, "allow_abbrev": False}
+        super().__init__(*args, **of_ours | options)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
@@ -89,11 +99,10 @@ class _Fit(LightningCLI):
             raise UserError(f"--ema must be in 0..1, got {config.ema}")
         if config.out.exists() and not config.out.is_dir():
             raise UserError(f"--out {config.out} is no folder")
-        if last.exists() != config.resume:
-            wrong = "there is none to --resume" if config.resume else "--resume it, or take another --out"
-            raise UserError(f"checkpoint {last}: {wrong}")
+        if last.exists() and not config.resume:
+            raise UserError(f"checkpoint {last}: --resume it, or take another --out")
         if config.resume:
-            _read_checkpoint(last)
+            _read_checkpoint(_found_in(config.out, LAST))
         self.tensors: dict[str, torch.Tensor] = {}
         if config.weights and not config.resume:
             self.tensors, about = read_weights(config.weights)
@@ -118,7 +127,7 @@ class _Fit(LightningCLI):
         given: Any = self.config_init
         self.history, self.last = History(), KeepLast(out)
         save_config = LambdaCallback(on_train_start=self._save_config)
-        callbacks: list[Any] = [self.history, KeepBest(out), self.last, save_config]
+        callbacks: list[Any] = [self.history, EvaluateAtEnd(), KeepBest(out), self.last, save_config]
         if given.trainer.enable_progress_bar is not False:
             callbacks.append(Progress())
         if config.ema is not None:
@@ -131,20 +140,19 @@ class _Fit(LightningCLI):
         return super().instantiate_trainer(default_root_dir=out, logger=logger, **kwargs)
 
 
-def _ahead(words: Sequence[str], *names: str) -> list[str]:
-    """Values of options that others take their defaults from; empty where they are not given."""
+def _ahead(words: Sequence[str], name: str) -> str:
+    """The value of an option that others take their defaults from; empty where it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(name, nargs="?", const="true", default="")
-    return list(vars(parser.parse_known_args(list(words))[0]).values())
+    parser.add_argument(name, nargs="?", const="", default="", dest="value")
+    return parser.parse_known_args(list(words))[0].value
 
 
 def fit(words: Sequence[str]) -> int:
     """Trains; 1 if the goal was not reached."""
     words = list(words)
-    out, resume = _ahead(words, "--out", "--resume")
-    if resume and out and (Path(out) / _CONFIG).is_file():
-        words = ["--config", str(Path(out) / _CONFIG), *words]
+    if "--resume" in words and (out := _ahead(words, "--out")):
+        before = _found_in(Path(out), LAST).with_name(_CONFIG)
+        words = ["--config", str(before), *words] if before.is_file() else words
     cli = _Fit(
         RankingDetector,
         CocoDataModule,
@@ -154,11 +162,12 @@ def fit(words: Sequence[str]) -> int:
         trainer_defaults={
             "max_epochs": 100,
             "log_every_n_steps": 10,
+            "enable_model_summary": False,
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
         },
         parser_class=_Parser,
-        parser_kwargs={"prog": "alrp-train fit", "description": __doc__},
+        parser_kwargs={"prog": "alrp-train fit"},
         args=words,
         run=False,
     )
@@ -209,7 +218,7 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
         {name: row for name, row in named.items() if row},
         ("AP", "AP50", "AP75", "oLRP", "oLRP_loc", "oLRP_FP", "oLRP_FN"),
     )
-    _print_rows(model.evaluation.by_category, ("AP", "oLRP", "threshold"))
+    _print_rows(model.evaluation.by_category, _OF_CATEGORY, f"step {last['step']}, category")
     result = {"settings": dict(model.settings), "step": trainer.global_step, "images": len(model.found)}
     result |= {"evaluations": history.evaluations, "by_category": model.evaluation.by_category}
     _write(config.out / "metrics.json", result, indent=2)
@@ -255,32 +264,39 @@ def _write(file: Path, content: Any, **options: Any) -> None:
     file.write_text(json.dumps(content, **options) + "\n", encoding="utf-8")
 
 
-def _print_rows(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> None:
-    print("\n" + " " * 24 + "".join(f"{name:>11}" for name in columns))
+def _print_rows(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str], title: str = "") -> None:
+    print(f"\n{title:<24}" + "".join(f"{name:>11}" for name in columns))
     for name, row in rows.items():
         print(f"{name:<24.24}" + "".join(f"{row[column]:>11.3f}" for column in columns))
 
 
 def _parser(command: str) -> _Parser:
-    parser = _Parser(prog=f"alrp-train {command}", description=str(__doc__))
+    parser = _Parser(f"alrp-train {command}")
     parser.add_argument("--config", action="config", help="a file of these options")
     parser.add_argument("--run", type=Path, required=True, help="folder of a run, or one of its checkpoints")
     parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, mps, auto")
     return parser
 
 
-def _trained(run: Path) -> tuple[RankingDetector, dict[str, Any]]:
-    """The model of a run's best checkpoint, or of the one that is given; and the checkpoint."""
-    files = [run] if run.is_file() else [file for name in (BEST, LAST) if (file := run / name).is_file()]
-    if not files:
-        raise UserError(f"there is no checkpoint {run / BEST}")
-    checkpoint = _read_checkpoint(files[0])
+def _trained(run: Path) -> RankingDetector:
+    """The model of a run's best checkpoint, or of the one that is given."""
+    file = _found_in(run, BEST, LAST)
+    checkpoint = _read_checkpoint(file)
     try:
         model = RankingDetector(**checkpoint["hyper_parameters"])
         model.load_state_dict(checkpoint["state_dict"])
+        model.on_load_checkpoint(checkpoint)
     except Exception as error:  # of many kinds: of names, shapes
-        raise _no_checkpoint(files[0], error) from error
-    return model, checkpoint
+        raise _no_checkpoint(file, error) from error
+    return model
+
+
+def _found_in(run: Path, *names: str) -> Path:
+    """The first of these checkpoints that a run has; a file is itself. UserError: there is none."""
+    for file in (run, *(run / name for name in names)):
+        if file.is_file():
+            return file
+    raise UserError(f"there is no checkpoint {run / names[0]}")
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
@@ -306,10 +322,9 @@ def validate(words: Sequence[str]) -> int:
     parser = _parser("validate")
     parser.add_argument("--out", type=Path | None, help="file for the metrics, as JSON")
     parser.add_class_arguments(CocoDataModule, "data")
-    (given,) = _ahead(words, "--run")
-    run = Path(given or "")
-    before = (run.parent if run.is_file() else run) / _CONFIG
-    if given and before.is_file():  # the data of the run, but for what is given
+    run = _ahead(words, "--run")
+    # The data of the run, but for what is given.
+    if run and (before := _found_in(Path(run), BEST, LAST).with_name(_CONFIG)).is_file():
         try:
             settings = yaml.safe_load(before.read_text(encoding="utf-8"))["data"]
             parser.set_defaults({f"data.{name}": value for name, value in settings.items()})
@@ -318,13 +333,13 @@ def validate(words: Sequence[str]) -> int:
     config = parser.parse_args(list(words))
     if config.out:
         _prepare(config.out)
-    model, _ = _trained(config.run)
+    model = _trained(config.run)
     data = cast("Any", parser.instantiate_classes(config)).data
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
     trainer.validate(model, datamodule=data, verbose=False)
     assert model.evaluation is not None
     _print_rows({data.names[1]: model.evaluation.overall}, tuple(model.evaluation.overall))
-    _print_rows(model.evaluation.by_category, ("AP", "oLRP", "threshold"))
+    _print_rows(model.evaluation.by_category, _OF_CATEGORY, "category")
     if config.out:
         _write(config.out, {"overall": model.evaluation.overall, "by_category": model.evaluation.by_category}, indent=2)
     return 0
@@ -350,12 +365,14 @@ def predict(words: Sequence[str]) -> int:
         raise UserError("give --images, or --root and --part")
     if config.batch < 1:
         raise UserError(f"--batch must be at least 1, got {config.batch}")
+    if config.threshold != "optimal" and not 0 <= config.threshold <= 1:
+        raise UserError(f"--threshold must be in 0..1, or optimal, got {config.threshold}")
     _prepare(config.out)
     if config.pictures:
         config.pictures.mkdir(parents=True, exist_ok=True)
-    model, checkpoint = _trained(config.run)
+    model = _trained(config.run)
     names = list(model.settings.categories.values())
-    least = _thresholds(config.threshold, names, checkpoint)
+    least = _thresholds(config.threshold, model)
     data = Images(_image_files(config.images)) if config.images else CocoDetection(find_part(config.root, config.part))
     data.check_images()
     model.check_sizes(data)
@@ -383,14 +400,14 @@ def predict(words: Sequence[str]) -> int:
     return 0
 
 
-def _thresholds(wanted: float | str, names: Sequence[str], checkpoint: Mapping[str, Any]) -> torch.Tensor:
+def _thresholds(wanted: float | str, model: RankingDetector) -> torch.Tensor:
+    names = model.settings.categories.values()
     if wanted != "optimal":
         return torch.full((len(names),), float(wanted))
-    known = checkpoint.get("thresholds") or {}
-    if not known:
+    if not model.thresholds:
         raise UserError("--threshold optimal: this checkpoint is of before the first evaluation; take best.ckpt")
     # A category of which nothing was found in evaluation has none: nothing of it is kept.
-    return torch.tensor([known[name] for name in names], dtype=torch.float64).nan_to_num(torch.inf)
+    return torch.tensor([model.thresholds[name] for name in names], dtype=torch.float64).nan_to_num(torch.inf)
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
@@ -405,6 +422,21 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _without_noise() -> None:
+    """What Lightning says of every run as this one, and a user can do nothing about."""
+    for message in (
+        "Checkpoint directory .* exists and is not empty",  # the logs are there before the checkpoints
+        "The number of training batches .* is smaller than the logging interval",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
 COMMANDS = {"fit": fit, "validate": validate, "predict": predict}
 
 
@@ -417,8 +449,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of categories need not be of the terminal's alphabet
             stream.reconfigure(errors="backslashreplace")
-    # Each run has its logs there before its checkpoints.
-    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    _without_noise()
     try:
         return COMMANDS[words[0]](words[1:])
     except SIGTERMException:

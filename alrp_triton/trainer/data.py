@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -273,7 +273,7 @@ class CocoDataModule(LightningDataModule):
         val: str = "val",
         batch: int = 32,
         workers: int = 2,
-        transforms: list[nn.Module] | None = None,
+        transforms: list[v2.Transform] | None = None,
         flip: bool = True,
         seed: int = 0,
     ) -> None:

@@ -92,6 +92,7 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: there is no such file or name, or it holds no weights.
     """
     file = Path(source)
+    wrong = "cannot be read" if file.is_file() else "there is no such file, and none of this name at torchvision"
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -102,7 +103,7 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return dict(weights.get_state_dict(progress=True)), {}
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: of unpickling, zip, json, the network
-        raise UserError(f"weights {source}: neither a file nor a name of torchvision's: {in_a_line(error)}") from error
+        raise UserError(f"weights {source}: {wrong}: {in_a_line(error)}") from error
     about = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

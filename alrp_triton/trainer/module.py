@@ -51,6 +51,8 @@ class RankingDetector(LightningModule):
     Attributes:
         detector: the model of torchvision; its labels begin at ``first_label``.
         evaluation: the last one; ``found`` are its detections.
+        thresholds: of each category by name the score from which on detections give the least LRP, by the last
+            evaluation, which may be that of the checkpoint; empty before the first.
         values: losses, weights and learning rate of the last step.
 
     Raises:
@@ -89,6 +91,7 @@ class RankingDetector(LightningModule):
             torch.manual_seed(seed)
             self.detector, self.first_label = make_detector(detector, len(categories), size)
         self.evaluation: Evaluation | None = None
+        self.thresholds: dict[str, float] = {}
         self.found: list[Found] = []
         self.values: dict[str, Tensor] = {}
         self.batches_per_epoch: int | None = None
@@ -249,12 +252,12 @@ class RankingDetector(LightningModule):
         if self.evaluation is None:  # the first: without a bar it may look as if nothing happened
             rank_zero_info(f"computing AP and oLRP of {len(self.found)} images")
         self.evaluation = evaluate(self.found, self.settings.categories)
+        self.thresholds = {name: values["threshold"] for name, values in self.evaluation.by_category.items()}
         for name, value in self.evaluation.overall.items():
             self.log(name, value, prog_bar=name == "AP", sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        by_category = self.evaluation.by_category if self.evaluation else {}
-        checkpoint["thresholds"] = {name: values["threshold"] for name, values in by_category.items()}
+        checkpoint["thresholds"] = self.thresholds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """UserError: the checkpoint is of a run with other settings."""
@@ -262,6 +265,7 @@ class RankingDetector(LightningModule):
         other = [f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value]
         if other:
             raise UserError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
+        self.thresholds = checkpoint.get("thresholds", {})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
         return [{key: value.cpu() for key, value in one.items()} for one in self(batch.images)]
