@@ -5,7 +5,6 @@ import copy
 import io
 import math
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -26,7 +25,12 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
 from alrp_triton.integrations.atss import atss_match
 from alrp_triton.integrations.head_loss import Boxes, DetectorLoss, HeadLoss, Loss
-from alrp_triton.integrations.torchvision import ranking_loss_of, remove_ranking_loss, use_ranking_loss
+from alrp_triton.integrations.torchvision import (
+    plain_copy,
+    ranking_loss_of,
+    remove_ranking_loss,
+    use_ranking_loss,
+)
 from alrp_triton.integrations.torchvision_heads import _decoded
 from tests import boxes_by_hand
 from tests.boxes_by_hand import Head, Positive, decode, encode
@@ -45,9 +49,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.fine, self.coarse, self.out_channels = nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 32, 2, 2), 32
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         fine = self.fine(images).relu()
-        return OrderedDict({"0": fine, "1": self.coarse(fine).relu()})
+        return {"0": fine, "1": self.coarse(fine).relu()}
 
 
 def anchors(*sizes: int, ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> AnchorGenerator:
@@ -493,6 +497,38 @@ def test_copied_and_pickled(name: str) -> None:
         assert all(steps(part) == 1 for part in parts.values())
         for key, value in plain.items():
             assert_near(losses[key], value, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.* always returns a .* in scripting")
+@pytest.mark.parametrize("name", MODELS)
+def test_scripted_and_plain(name: str) -> None:
+    """They detect as the model does, which trains as before; a plain FCOS takes the weights."""
+    model, _ = make(name, box_coder="model" if name == "fcos" else "published")
+    spread(model)
+    (model if hasattr(model, "score_thresh") else model.roi_heads).score_thresh = 0.01
+    images, losses = batch()[0], model(*batch())
+    plain = plain_copy(model.train(False))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    scripted = torch.jit.load(io.BytesIO(file.getvalue()))
+    with torch.no_grad():
+        found = model(images)
+        for other in (scripted(images)[1], plain(images)):
+            for ours, theirs in zip(found, other, strict=True):
+                assert len(ours["scores"]) > 0
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        if name == "fcos":
+            other = fcos().train(False)
+            other.score_thresh = 0.01
+            other.load_state_dict(plain.state_dict())
+            assert torch.equal(other(images)[0]["scores"], found[0]["scores"])
+    assert not ranking_loss_of(plain)
+    again = model.train()(*batch())
+    assert all(torch.equal(value, again[key]) for key, value in losses.items())
+    own = dict(model.named_parameters())
+    shared = [key for key, value in plain.named_parameters() if value is own[key]]
+    assert len(own) - len(shared) == (2 if name == "fcos" else 0)
 
 
 def test_self_balancing_is_resumed() -> None:

@@ -11,7 +11,9 @@ Methods are replaced on the model's own head, by ones that call those it had; pa
 a ``state_dict`` fits the model with and without the loss. The state of the self-balancing is in ``loss.state_dict()``.
 """
 
+import copy
 import math
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -37,6 +39,7 @@ except ImportError as missing:
 Assignment = Literal["iou", "atss"]
 BoxCoding = Literal["model", "published"]
 MaskLoss = Literal["dice", "bce"]
+_HOOK = "__prepare_scriptable__"  # torch.jit.script asks for it, and scripts what it returns
 
 
 def use_ranking_loss(
@@ -74,10 +77,11 @@ def use_ranking_loss(
       and leave theirs as they are, as keypoints are left.
 
     Put it in when the model has its heads, and before ``DistributedDataParallel`` and ``torch.compile`` are put around
-    it; take it out before ``torch.jit.script``. To detect, RetinaNet and the RPN work without it, unless ``box_coder``
-    is ``"published"``; FCOS and the box head of Faster R-CNN need it, for their scores are other ones. A ranking fixes
-    the order of scores and not their level: ``model.score_thresh`` (``model.roi_heads.score_thresh``) may want to be
-    lower.
+    it. ``torch.jit.script`` scripts a :func:`plain_copy`, and where the detector is part of another module it puts that
+    in its place there: script a copy of such a module. To detect, RetinaNet and the RPN work without it, unless
+    ``box_coder`` is ``"published"``; FCOS and the box head of Faster R-CNN need it, for their scores are other ones. A
+    ranking fixes the order of scores and not their level: ``model.score_thresh`` (``model.roi_heads.score_thresh``) may
+    want to be lower.
 
     Args:
         model: ``RetinaNet``, ``FCOS``, ``FasterRCNN`` or another ``GeneralizedRCNN`` with torchvision's parts.
@@ -163,6 +167,7 @@ def use_ranking_loss(
         heads[0].coders = coders
     for head in heads:
         head.put_in()
+    vars(model)[_HOOK] = partial(plain_copy, model)
     return DetectorLoss({head.name: head.loss for head in heads})
 
 
@@ -182,6 +187,24 @@ def remove_ranking_loss(model: nn.Module) -> None:
     """Gives a detector the losses back that it had; nothing happens where there is no ranking loss in it."""
     for head in _heads(model):
         head.take_out()
+    for module in model.modules():
+        vars(module).pop(_HOOK, None)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy that detects as the model does, with torchvision's losses in it; it shares parameters and buffers.
+
+    It is what ``torch.jit.script`` takes in the place of a model with a ranking loss, and all that is left to ship:
+    its methods are torchvision's, but for the sigmoid of Faster R-CNN. A plain FCOS that loads its ``state_dict``
+    detects the same, for its centre-ness is always 1.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, tensors)
+    for head in _heads(copied):
+        head.make_plain()
+    for module in copied.modules():
+        vars(module).pop(_HOOK, None)
+    return copied
 
 
 def ranking_loss_of(model: nn.Module) -> DetectorLoss:

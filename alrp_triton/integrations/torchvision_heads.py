@@ -1,10 +1,12 @@
 """What stands in for the losses of torchvision's heads; :mod:`alrp_triton.integrations.torchvision` puts it in."""
 
 import math
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
 
 from ..checks import check_values
@@ -15,6 +17,7 @@ from .box_errors import STANDARD, Boxes, at_least_float32, in_deviations
 from .head_loss import HeadLoss
 
 Target = dict[str, Tensor]
+_CERTAIN = 100.0  # a logit whose sigmoid is 1
 
 
 class Head:
@@ -42,12 +45,19 @@ class Head:
             setattr(self.part, method, getattr(self, method))
 
     def take_out(self) -> None:
+        self.restore_methods()
+        for coder, weights in zip(self.coders, self.weights, strict=True):
+            coder.weights = weights
+
+    def restore_methods(self) -> None:
         for method in self.methods:
             delattr(self.part, method)
         for method, value in self.former.items():
             setattr(self.part, method, value)
-        for coder, weights in zip(self.coders, self.weights, strict=True):
-            coder.weights = weights
+
+    def make_plain(self) -> None:
+        """Of a copy: let the part detect as it does now by its own methods, which TorchScript can read."""
+        self.restore_methods()
 
     def check_labels(self, targets: list[Target], first: int, last: int) -> None:
         _check_labels(targets, first, last, process_group=self.loss.criterion.process_group)
@@ -132,6 +142,12 @@ class FCOSHead(DenseHead):
         super().take_out()
         for parameter in self.trained:
             parameter.requires_grad_(True)
+
+    def make_plain(self) -> None:
+        super().make_plain()
+        layer: nn.Conv2d = self.part.regression_head.bbox_ctrness
+        for name, value in (("weight", 0.0), ("bias", _CERTAIN)):
+            setattr(layer, name, nn.Parameter(torch.full_like(getattr(layer, name), value), requires_grad=False))
 
     def _centreness(self) -> list[nn.Parameter]:
         return list(self.part.regression_head.bbox_ctrness.parameters())
@@ -244,15 +260,8 @@ class RoIHeads(Head):
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """torchvision's, with the sigmoid of each class in place of the softmax.
-
-        The softmax of the logarithms of a distribution is that distribution. So give it the sigmoids, divided by their
-        number, with what is missing to 1 as background, and multiply the scores again.
-        """
-        count = max(class_logits.shape[1] - 1, 1)
-        scores = at_least_float32(class_logits[:, 1:]).sigmoid() / count
-        rest = (1 - scores.sum(1, keepdim=True)).clamp(min=0)
-        logarithms = torch.cat([rest, scores], 1).log()
+        """torchvision's, with the sigmoid of each class in place of the softmax."""
+        logarithms, count = _as_distribution(class_logits)
         threshold = self.part.score_thresh
         self.part.score_thresh = threshold / count
         try:
@@ -262,6 +271,38 @@ class RoIHeads(Head):
         finally:
             self.part.score_thresh = threshold
         return boxes, [(score * count).clamp(max=1) for score in found], labels
+
+    def make_plain(self) -> None:
+        super().make_plain()
+        self.part.__class__ = SigmoidRoIHeads
+
+
+class SigmoidRoIHeads(roi_heads.RoIHeads):
+    """Detects as torchvision's with :class:`RoIHeads` in its place, and can be scripted."""
+
+    # TorchScript tells methods of a class apart by the names of their functions.
+    _by_softmax = FunctionType(roi_heads.RoIHeads.postprocess_detections.__code__, roi_heads.__dict__, "_by_softmax")
+
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        logarithms, count = _as_distribution(class_logits)
+        threshold = self.score_thresh
+        self.score_thresh = threshold / count
+        boxes, found, labels = self._by_softmax(logarithms, box_regression, proposals, image_shapes)
+        self.score_thresh = threshold
+        return boxes, [(score * count).clamp(max=1) for score in found], labels
+
+
+def _as_distribution(class_logits: Tensor) -> tuple[Tensor, int]:
+    """Logits (M, 1 + C) of which the softmax is the sigmoid of each class, divided by their number; and that number.
+
+    The softmax of the logarithms of a distribution is that distribution: what is missing to 1 is background.
+    """
+    count = max(class_logits.shape[1] - 1, 1)
+    scores = class_logits[:, 1:].to(torch.promote_types(class_logits.dtype, torch.float32)).sigmoid() / count
+    rest = (1 - scores.sum(1, keepdim=True)).clamp(min=0)
+    return torch.cat([rest, scores], 1).log(), count
 
 
 def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Tensor | None = None) -> Boxes:
