@@ -34,7 +34,7 @@ def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def check_tensor(name: str, value: object, kind: Literal["floating", "bool", "target"]) -> None:
+def check_tensor(name: str, value: object, kind: Literal["floating", "bool", "integer", "target"]) -> None:
     """Raise TypeError unless ``value`` is a dense tensor whose dtype is of the kind asked for."""
     if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
         raise TypeError(
@@ -50,6 +50,8 @@ def check_tensor(name: str, value: object, kind: Literal["floating", "bool", "ta
         raise TypeError(f"{name} must be integer, bool, float16, bfloat16, float32 or float64, got {describe(value)}")
     if kind == "floating" and value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(value)}")
+    if kind == "integer" and value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be integer, got {describe(value)}")
     if kind == "bool" and value.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {describe(value)}")
 

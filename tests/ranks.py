@@ -346,6 +346,7 @@ def calls_another_collective(rank: int, world: int) -> None:
 
 def metric(rank: int, world: int) -> None:
     """Each process has some of the images; the second time the last has none."""
+    from alrp_triton.metrics import coco_olrp
     from tests.detections import assert_metric, images_of, make_metric, random_images
 
     preds, target = random_images(9)
@@ -356,6 +357,7 @@ def metric(rank: int, world: int) -> None:
             metric.update(preds[part], target[part])
         metric._update_count = 1
         assert_metric(metric.compute(), preds, target)
+        assert coco_olrp(metric.evaluation()).lrp == metric.compute()["olrp"]
         assert len(metric.detection_boxes) == sum(len(preds[part]) for part in mine)
 
 

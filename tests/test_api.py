@@ -69,7 +69,7 @@ def test_layers_import_one_way() -> None:
     ]  # fmt: skip
     inside = {
         "backends": within,
-        "metrics": ["lrp", "coco", "images", "detection", "__init__"],
+        "metrics": ["lrp", "coco", "calibration", "images", "detection", "__init__"],
         "integrations": [
             "__init__",
             "masks",

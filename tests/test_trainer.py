@@ -349,7 +349,7 @@ def something(_: object) -> dict[str, torch.Tensor]:
 
 def test_evaluation(scenes: Path, tmp_path: Path) -> None:
     data = CocoDetection(find_part(scenes, "val"))
-    overall, by_category = evaluate(as_found(data, perfect), data.coco.categories)
+    overall, by_category, _ = evaluate(as_found(data, perfect), data.coco.categories)
     assert overall["AP"] == overall["AP50"] == pytest.approx(1)
     assert overall["oLRP"] == pytest.approx(0, abs=1e-6)
     assert by_category == {name: {"AP": pytest.approx(1), "oLRP": pytest.approx(0, abs=1e-6), "threshold": 1} for name in ("cat", "dog")}  # fmt: skip
@@ -360,7 +360,7 @@ def test_evaluation(scenes: Path, tmp_path: Path) -> None:
     assert np.isnan(missed.by_category["cat"]["threshold"])
     bare = CocoDetection(find_part(data_set(tmp_path, content(2) | {"annotations": []}), "train"))
     for found in (nothing, something):
-        overall, _ = evaluate(as_found(bare, found), bare.coco.categories)
+        overall, *_ = evaluate(as_found(bare, found), bare.coco.categories)
         assert all(np.isnan(overall[name]) for name in ("AP", "AP50", "oLRP"))
 
 
@@ -376,7 +376,7 @@ def test_average_precision_of_a_recall_that_is_a_threshold() -> None:
     hit = {"boxes": box, "labels": one, "scores": torch.tensor([0.9])}
     miss = {"boxes": box[:0], "labels": none, "scores": torch.zeros(0)}
     found = [Found(index, hit if index < 3 else miss, truth) for index in range(5)]
-    overall, by_category = evaluate(found, {1: "cat"})
+    overall, by_category, _ = evaluate(found, {1: "cat"})
     assert [overall["AP"], overall["AP50"], by_category["cat"]["AP"]] == pytest.approx([61 / 101] * 3, abs=1e-6)
 
 
@@ -396,7 +396,7 @@ def test_images_are_told_apart_by_ids_beyond_2_to_53(tmp_path: Path) -> None:
 @pytest.mark.parametrize("area", [-360.0, None, 1e12, float("nan")])
 def test_objects_do_not_vanish_from_evaluation(area: float | None, tmp_path: Path) -> None:
     data = CocoDetection(find_part(data_set(tmp_path, content(2, area=area)), "train"))
-    overall, _ = evaluate(as_found(data, perfect), data.coco.categories)
+    overall, *_ = evaluate(as_found(data, perfect), data.coco.categories)
     assert overall["AP"] == overall["AP_small"] == pytest.approx(1)
     assert evaluate(as_found(data, nothing), data.coco.categories).overall["AP_small"] == 0
 

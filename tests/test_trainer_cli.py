@@ -120,6 +120,19 @@ def test_predict_keeps_what_is_worth_keeping(finished: Path, scenes: Path, tmp_p
     middle = sorted(one["score"] for one in everything)[len(everything) // 2]
     assert alrp_train("predict", *where, "--threshold", repr(middle)).status == 0
     assert read(out) == [one for one in everything if one["score"] >= middle]
+    # The same, in the same order within a category, with scores that are shares of right ones.
+    calibration = RankingDetector.load_from_checkpoint(finished / "last.ckpt", map_location="cpu").calibration
+    assert calibration is not None
+    assert alrp_train("predict", *where, "--threshold", "optimal", "--calibrate").status == 0
+    levels = read(out)
+    for category in (1, 2):
+        before, after = ([one for one in part if one["category_id"] == category] for part in (kept, levels))
+        assert [one["bbox"] for one in after] == [one["bbox"] for one in before]
+        scores = torch.tensor([one["score"] for one in before], dtype=torch.float32)
+        labels = torch.full((len(before),), category - 1)
+        assert [one["score"] for one in after] == calibration(scores, labels).tolist()
+    assert alrp_train("predict", *where, "--threshold", "0.001", "--calibrate").status == 0
+    assert all(one["score"] >= 0.001 for one in read(out))
 
 
 def test_predict_in_images(finished: Path, scenes: Path, tmp_path: Path) -> None:
@@ -260,11 +273,12 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
     noted = alrp_train("predict", "--run", finished, "--root", tmp_path, "--part", "val", "--accelerator", "cpu", "--out", tmp_path / "found.json")  # fmt: skip
     assert "instances_val.json has other categories; results have the ids of the model's" in noted.err
     assert "the model has the categories {1: 'cat', 2: 'dog'}, the data {1: 'cat', 2: 'cow'}" in done.error
-    state = torch.load(finished / "last.ckpt", weights_only=True) | {"thresholds": {}}
+    state = torch.load(finished / "last.ckpt", weights_only=True) | {"thresholds": {}, "calibration": None}
     torch.save(state, tmp_path / "early.ckpt")
-    done = alrp_train("predict", "--run", tmp_path / "early.ckpt", "--images", scenes, "--threshold", "optimal")
-    assert done.status == 2
-    assert "this checkpoint is of before the first evaluation" in done.error
+    for words in (["--threshold", "optimal"], ["--calibrate"]):
+        done = alrp_train("predict", "--run", tmp_path / "early.ckpt", "--images", scenes, *words)
+        assert done.status == 2
+        assert "this checkpoint is of before the first evaluation" in done.error
 
 
 # Fit.

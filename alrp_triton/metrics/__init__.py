@@ -1,7 +1,12 @@
-"""LRP and oLRP, the detection metric that aLRP Loss extends. Needs NumPy alone; ``OptimalLRP`` needs torchmetrics."""
+"""LRP and oLRP, the detection metric that aLRP Loss extends; and score levels, which a ranking leaves free.
+
+``OptimalLRP`` needs torchmetrics, and ``coco_calibration`` scikit-learn.
+"""
 
 from typing import TYPE_CHECKING
 
+from .calibration import Calibration as Calibration
+from .calibration import coco_calibration as coco_calibration
 from .coco import LRPResult as LRPResult
 from .coco import coco_lrp as coco_lrp
 from .coco import coco_olrp as coco_olrp
@@ -14,7 +19,17 @@ if TYPE_CHECKING:
     from .detection import OptimalLRP as OptimalLRP
 
 # Not OptimalLRP: a star would import torchmetrics.
-__all__ = ["LRPErrors", "LRPResult", "coco_lrp", "coco_olrp", "lrp_at", "lrp_curve", "optimal_lrp"]
+__all__ = [
+    "Calibration",
+    "LRPErrors",
+    "LRPResult",
+    "coco_calibration",
+    "coco_lrp",
+    "coco_olrp",
+    "lrp_at",
+    "lrp_curve",
+    "optimal_lrp",
+]
 
 
 def __getattr__(name: str) -> object:

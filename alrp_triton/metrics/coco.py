@@ -116,6 +116,15 @@ class _Matches(NamedTuple):
     num_truths: int
 
 
+class Detections(NamedTuple):
+    """All of one class and area range that count, best first within an image."""
+
+    scores: FloatArray  # (D,)
+    is_tp: NDArray[np.bool_]  # (D,)
+    ious: FloatArray  # (D,), 0 where false
+    num_truths: int
+
+
 def _evaluate(
     evaluation: COCOEvaluation,
     tau: float,
@@ -124,6 +133,25 @@ def _evaluate(
     thresholds: FloatArray | None = None,
 ) -> LRPResult:
     """Applies ``error_of(index of the class)`` to the detections of every class, for every area range."""
+    classes, labels, tau, parts = read_detections(evaluation, tau, max_dets)
+    if thresholds is not None and thresholds.shape not in ((), classes.shape):
+        raise ValueError(
+            f"score_threshold must be a number or one for each of {len(classes)} classes, got shape {thresholds.shape}"
+        )
+    errors: dict[str, list[LRPErrors]] = {label: [] for label in labels}
+    for index, label, found in parts:
+        errors[label].append(error_of(index)(*found, tau=tau))
+    by_size = {label: _result(classes, points, {}) for label, points in errors.items()}
+    return _result(classes, errors["all"], by_size)
+
+
+def read_detections(
+    evaluation: COCOEvaluation, tau: float, max_dets: int | None
+) -> tuple[NDArray[np.int64], list[str], float, Iterator[tuple[int, str, Detections]]]:
+    """Classes, area ranges and IoU threshold of an evaluation; and, one by one, class (index), area range, detections.
+
+    Args and errors: :func:`coco_olrp`.
+    """
     params = _params(evaluation)
     tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
     close = np.flatnonzero(np.isclose(params.iouThrs, tau, rtol=0, atol=1e-9))
@@ -138,10 +166,6 @@ def _evaluate(
         if not isinstance(one, _NUMBERS) or one != int(one) or not -(2**63) <= one < 2**63:
             raise ValueError(f"params.catIds of the evaluation must be whole numbers of 64 bits, got {one!r:.40}")
     classes = np.array(categories, np.int64)
-    if thresholds is not None and thresholds.shape not in ((), classes.shape):
-        raise ValueError(
-            f"score_threshold must be a number or one for each of {len(classes)} classes, got shape {thresholds.shape}"
-        )
     if len(set(params.areaRngLbl)) != len(params.areaRng):
         raise ValueError(
             f"params.areaRngLbl of the evaluation must label each of {len(params.areaRng)} areaRng, "
@@ -151,14 +175,13 @@ def _evaluate(
         raise ValueError(f"params.areaRngLbl of the evaluation must have 'all', got {params.areaRngLbl}")
 
     read = _from_faster if hasattr(evaluation, "gt_dataset") else _from_pycocotools
-    errors: dict[str, list[LRPErrors]] = {label: [] for label in params.areaRngLbl}
     images = read(evaluation, params, int(close[0]))
-    for index in range(len(classes)):
-        for points in errors.values():
-            matches = itertools.islice(images, len(params.imgIds))
-            points.append(_error(error_of(index), matches, kept, float(params.iouThrs[close[0]])))
-    by_size = {label: _result(classes, points, {}) for label, points in errors.items()}
-    return _result(classes, errors["all"], by_size)
+    parts = (
+        (index, label, _of_images(itertools.islice(images, len(params.imgIds)), kept))
+        for index in range(len(classes))
+        for label in params.areaRngLbl
+    )
+    return classes, list(params.areaRngLbl), float(params.iouThrs[close[0]]), parts
 
 
 def _params(evaluation: COCOEvaluation) -> Any:
@@ -189,8 +212,8 @@ def _check_ids(name: str, coco: Any) -> None:
             raise ValueError(f"{name} of the evaluation has {what} with id {wrong!r:.40}; ids have to be {wanted}")
 
 
-def _error(error: Callable[..., LRPErrors], images: Iterable[_Matches], max_dets: int, tau: float) -> LRPErrors:
-    """One class and area range. What is ignored counts as neither true nor false."""
+def _of_images(images: Iterable[_Matches], max_dets: int) -> Detections:
+    """What is ignored counts as neither true nor false."""
     scores: list[float] = []
     matched: list[bool] = []
     ignored: list[bool] = []
@@ -204,7 +227,7 @@ def _error(error: Callable[..., LRPErrors], images: Iterable[_Matches], max_dets
         num_truths += image.num_truths
     counts = ~np.array(ignored, np.bool_)
     score, is_tp, iou = np.array(scores, np.float64), np.array(matched, np.bool_), np.array(ious, np.float64)
-    return error(score[counts], is_tp[counts], iou[counts], num_truths, tau=tau)
+    return Detections(score[counts], is_tp[counts], iou[counts], num_truths)
 
 
 def _result(classes: NDArray[np.int64], points: Sequence[LRPErrors], by_size: dict[str, LRPResult]) -> LRPResult:

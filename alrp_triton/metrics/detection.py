@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..boxes import TAU
 from ..checks import check_bool, check_integer, check_number
-from .coco import LRPResult, coco_lrp, coco_olrp
+from .coco import COCOEvaluation, LRPResult, coco_lrp, coco_olrp
 from .images import BOX_FORMATS, BoxFormat, Image, annotations, read_entry, state_dtype, to_xywh
 
 try:
@@ -132,7 +132,7 @@ class OptimalLRP(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The results of all images so far; see the class."""
-        evaluation = self._evaluated()
+        evaluation = self._evaluation()
         results = {"olrp": coco_olrp(evaluation, tau=self.tau)}
         if self.score_threshold is not None:
             results["lrp"] = coco_lrp(evaluation, self.score_threshold, tau=self.tau)
@@ -157,8 +157,15 @@ class OptimalLRP(Metric):
     def _tensor(self, value: Any) -> Tensor:
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 
-    def _evaluated(self) -> Any:
-        """A COCO evaluation of all images, in the memory of the CPU."""
+    def evaluation(self) -> COCOEvaluation:
+        """The finished COCO evaluation of all images, of all processes, for :func:`coco_olrp` and its kin."""
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            return self._evaluation()
+
+    def _evaluation(self) -> COCOEvaluation:
+        """The same of the images that are here, in the memory of the CPU."""
         dataset, evaluator, options = _load(self.backend)
         state = {name: [tensor.cpu() for tensor in self._state(name)] for name in _STATES}
         labels = torch.cat(

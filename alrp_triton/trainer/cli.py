@@ -47,6 +47,7 @@ from .pictures import save_curves, save_detections
 _CONFIG = "config.yaml"
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SHOWN = 12  # pictures
+_NOT_EVALUATED = "{}: this checkpoint is of before the first evaluation; take best.ckpt"
 _OF_CATEGORY = ("AP", "oLRP", "threshold")
 
 
@@ -357,6 +358,9 @@ def predict(words: Sequence[str]) -> int:
         default=0.0,
         help="least score; optimal: that of each category, by the last evaluation",
     )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="scores become shares of detections that are right, by the same"
+    )
     parser.add_argument("--out", type=Path, default=Path("detections.json"), help="file of results in COCO's format")
     parser.add_argument("--pictures", type=Path | None, help="folder for a picture of each image")
     parser.add_argument("--batch", type=int, default=1, help="images at a time")
@@ -373,6 +377,8 @@ def predict(words: Sequence[str]) -> int:
     model = _trained(config.run)
     names = list(model.settings.categories.values())
     least = _thresholds(config.threshold, model)
+    if config.calibrate and model.calibration is None:
+        raise UserError(_NOT_EVALUATED.format("--calibrate"))
     data = Images(_image_files(config.images)) if config.images else CocoDetection(find_part(config.root, config.part))
     data.check_images()
     model.check_sizes(data)
@@ -383,8 +389,12 @@ def predict(words: Sequence[str]) -> int:
     batches: Any = trainer.predict(model, loader)
     found = []
     for index, one in enumerate(one for batch in batches for one in batch):
-        kept = one["scores"] >= least[one["labels"]]
-        found.append(Found(index, {key: value[kept] for key, value in one.items()}, {}))
+        scores = one["scores"]
+        if config.calibrate and model.calibration:
+            one["scores"] = model.calibration(scores, one["labels"])
+        kept = (scores if config.threshold == "optimal" else one["scores"]) >= least[one["labels"]]
+        order = one["scores"].argsort(descending=True, stable=True)
+        found.append(Found(index, {key: value[order[kept[order]]] for key, value in one.items()}, {}))
     ids = data.coco.image_ids if isinstance(data, CocoDetection) else range(1, len(data) + 1)
     results = as_results(found, ids, model.settings.categories)
     file_of = {number: str(data.path(index)) for index, number in enumerate(ids)}
@@ -405,7 +415,7 @@ def _thresholds(wanted: float | str, model: RankingDetector) -> torch.Tensor:
     if wanted != "optimal":
         return torch.full((len(names),), float(wanted))
     if not model.thresholds:
-        raise UserError("--threshold optimal: this checkpoint is of before the first evaluation; take best.ckpt")
+        raise UserError(_NOT_EVALUATED.format("--threshold optimal"))
     # A category of which nothing was found in evaluation has none: nothing of it is kept.
     return torch.tensor([model.thresholds[name] for name in names], dtype=torch.float64).nan_to_num(torch.inf)
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
-from ..metrics import OptimalLRP
+from ..metrics import Calibration, OptimalLRP, coco_calibration, coco_olrp
 
 _AP = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
 _SIZES = {f"AP_{size}": f"map_{size}" for size in ("small", "medium", "large")}
-_OLRP = {"oLRP": "olrp", "oLRP_loc": "olrp_loc", "oLRP_FP": "olrp_fp", "oLRP_FN": "olrp_fn"}
+_OLRP = {"oLRP": "lrp", "oLRP_loc": "localisation", "oLRP_FP": "false_positive", "oLRP_FN": "false_negative"}
 
 
 class Found(NamedTuple):
@@ -29,6 +29,8 @@ class Evaluation(NamedTuple):
     overall: dict[str, float]
     by_category: dict[str, dict[str, float]]
     """By name: ``AP``, ``oLRP``, and ``threshold``, the score from which on detections give the least LRP."""
+    calibration: Calibration
+    """From scores and labels to the share of detections that are right."""
 
 
 def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluation:
@@ -47,26 +49,27 @@ def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluatio
     thresholds: dict[str, Any] = {"iou_thresholds": ious, "rec_thresholds": recalls}
     precision = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, **thresholds, **local)
     precision.warn_on_many_detections = False
-    olrp = OptimalLRP(class_metrics=True, **local)
+    olrp = OptimalLRP(**local)
     for one in found:
         detections = one.detections | {"boxes": box_convert(one.detections["boxes"], "xyxy", "xywh")}
         truth = {"boxes": one.target["truth"], "labels": one.target["truth_labels"]}
         truth |= {"iscrowd": one.target["iscrowd"].long(), "area": one.target["area"]}
         for metric in (precision, olrp):
             metric.update([detections], [truth])
-    of_ap, of_lrp = precision.compute(), olrp.compute()
+    of_ap, evaluation = precision.compute(), olrp.evaluation()
+    of_lrp = coco_olrp(evaluation)
     overall = {name: _value(of_ap[key]) for name, key in (_AP | _SIZES).items()}
-    overall |= {name: float(of_lrp[key]) for name, key in _OLRP.items()}
+    overall |= {name: getattr(of_lrp, component) for name, component in _OLRP.items()}
     curves = of_ap["precision"][:, :, :, 0, -1]  # IoU, recall, class
     aps = {int(label): _value(curves[:, :, k].mean()) for k, label in enumerate(of_ap["classes"].reshape(-1))}
-    columns = (of_lrp[key].reshape(-1).tolist() for key in ("classes", "olrp_per_class", "olrp_thresholds"))
-    lrps = {int(label): (lrp, threshold) for label, lrp, threshold in zip(*columns, strict=True)}
+    columns = (of_lrp.classes, of_lrp.per_class.lrp, of_lrp.per_class.threshold)
+    lrps = {int(label): (float(lrp), float(threshold)) for label, lrp, threshold in zip(*columns, strict=True)}
     nan = float("nan")
     by_category: dict[str, dict[str, float]] = {}
     for label, name in enumerate(categories.values()):
         lrp, threshold = lrps.get(label, (nan, nan))
         by_category[name] = {"AP": aps.get(label, nan), "oLRP": lrp, "threshold": threshold}
-    return Evaluation(overall, by_category)
+    return Evaluation(overall, by_category, coco_calibration(evaluation))
 
 
 def _value(ap: Tensor) -> float:

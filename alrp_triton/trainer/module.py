@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..integrations.head_loss import DetectorLoss
 from ..integrations.torchvision import use_ranking_loss
+from ..metrics import Calibration
 from .data import Batch, CocoDetection, Images, batches_had, seed_of
 from .detectors import make_detector
 from .errors import UserError
@@ -53,6 +54,7 @@ class RankingDetector(LightningModule):
         evaluation: the last one; ``found`` are its detections.
         thresholds: of each category by name the score from which on detections give the least LRP, by the last
             evaluation, which may be that of the checkpoint; empty before the first.
+        calibration: by the same, from scores and labels to the share of detections that are right; None before.
         values: losses, weights and learning rate of the last step.
 
     Raises:
@@ -92,6 +94,7 @@ class RankingDetector(LightningModule):
             self.detector, self.first_label = make_detector(detector, len(categories), size)
         self.evaluation: Evaluation | None = None
         self.thresholds: dict[str, float] = {}
+        self.calibration: Calibration | None = None
         self.found: list[Found] = []
         self.values: dict[str, Tensor] = {}
         self.batches_per_epoch: int | None = None
@@ -253,11 +256,13 @@ class RankingDetector(LightningModule):
             rank_zero_info(f"computing AP and oLRP of {len(self.found)} images")
         self.evaluation = evaluate(self.found, self.settings.categories)
         self.thresholds = {name: values["threshold"] for name, values in self.evaluation.by_category.items()}
+        self.calibration = self.evaluation.calibration
         for name, value in self.evaluation.overall.items():
             self.log(name, value, prog_bar=name == "AP", sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["thresholds"] = self.thresholds
+        checkpoint["calibration"] = None if self.calibration is None else self.calibration.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """UserError: the checkpoint is of a run with other settings."""
@@ -266,6 +271,8 @@ class RankingDetector(LightningModule):
         if other:
             raise UserError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
         self.thresholds = checkpoint.get("thresholds", {})
+        calibration = checkpoint.get("calibration")
+        self.calibration = None if calibration is None else Calibration.from_state_dict(calibration)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
         return [{key: value.cpu() for key, value in one.items()} for one in self(batch.images)]
