@@ -531,6 +531,30 @@ def test_scripted_and_plain(name: str) -> None:
     assert len(own) - len(shared) == (2 if name == "fcos" else 0)
 
 
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_warm_start(name: str) -> None:
+    """Two steps of torchvision's losses, two of a blend, then the ranking; a copy goes on from the state."""
+    model, parts = make(name, "rank_sort", period=None, warm_start=2)
+    ranked, own = make(name, "rank_sort", period=None)[0], MODELS[name]()
+    for other in (ranked, own):
+        other.load_state_dict(model.state_dict())
+    first, second = own(*batch()), ranked(*batch())
+    for share in (0, 0, 0, 0.5, 1):
+        with torch.no_grad():
+            model(*batch())  # not counted
+        if share == 0.5:
+            state = copy.deepcopy(parts.state_dict())
+            parts = use_ranking_loss(model, "rank_sort", warm_start=2)
+            parts.load_state_dict(state)
+        losses = model(*batch())
+        assert set(losses) == {"classification", "bbox_regression"}
+        for key, loss in losses.items():
+            assert_near(loss, (1 - share) * first[key] + share * second[key], 1e-6)
+    torch.stack(list(losses.values())).sum().backward()
+    assert parts.state_dict()["head.warm_start.steps"] == 5
+    assert "warm_start.steps" not in make(name)[1].state_dict()
+
+
 def test_self_balancing_is_resumed() -> None:
     """Without the state the weight would begin at 50 again."""
     model, parts = make("retinanet", period=2)
@@ -732,6 +756,7 @@ def test_losses_of_a_copy() -> None:
         ({"loss": "rank_sort", "initial_weight": "auo"}, ValueError, "initial_weight must be a number or 'auto', got 'auo'"),
         ({"box_weight": -1.0}, ValueError, "box_weight must be at least 0"),
         ({"rpn_weight": math.nan}, ValueError, "rpn_weight must be at least 0"),
+        ({"model": faster_rcnn(), "warm_start": 3}, ValueError, "warm_start is for RetinaNet and FCOS; the box head of FasterRCNN has a softmax"),
         ({"gradient_reduction": "max"}, ValueError, "gradient_reduction must be 'mean' or 'sum'"),
         ({"delta": -1.0}, ValueError, "delta must be"),
         ({"backend": "cuda"}, ValueError, "backend"),

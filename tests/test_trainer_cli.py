@@ -296,8 +296,9 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
         (["--model.siz", "48"], "model.siz"),  # no options in part
         (["--model.loss", "focal"], "focal"),
         (["--model.detector", "yolo"], "detector must be one of "),
-        (["--model.loss", "torchvision", "--model.assignment", "atss"], "assignment, box_weight and box_coder need a ranking"),
+        (["--model.loss", "torchvision", "--model.assignment", "atss"], "assignment, box_weight, box_coder and warm_start need a ranking"),
         (["--model.box_loss", "l1"], "box_loss l1 is of loss torchvision"),
+        (["--model.warm_start", "-1"], "warm_start must be at least 0"),
         (["--model.box_weight", "-1"], "box_weight must be at least 0"),
         (["--model.size", "0"], "size and period must be at least 1"),
         (["--out"], "out"),

@@ -1,7 +1,7 @@
 """What trains one head of a detector: a ranking loss, and the box loss of its paper. Knows no framework."""
 
 import math
-from collections.abc import ItemsView, ValuesView
+from collections.abc import Callable, ItemsView, ValuesView
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -32,6 +32,7 @@ from ..targets import IGNORE_INDEX, check_form, positives_of
 from .box_errors import Boxes as Boxes
 from .box_errors import BoxLoss, box_errors, checked, paired_iou
 from .masks import dice_error
+from .warm_start import WarmStart, check_warm_start
 
 Loss = Literal["alrp", "ap", "rank_sort"]
 
@@ -77,6 +78,8 @@ class HeadLoss(nn.Module):
             positives of all; see :func:`alrp_triton.alrp_loss`.
         gradient_reduction: see :func:`alrp_triton.alrp_loss`.
         backend: see :func:`alrp_triton.alrp_loss`.
+        warm_start: steps in which an adapter that knows the library's own loss takes that; over as many more steps the
+            ranking takes over. For a beginning in which no score means anything yet.
 
     Attributes:
         box_weight: 0-d tensor, the weight of the box loss in the last step (NaN before the first); for logs.
@@ -111,6 +114,7 @@ class HeadLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         gradient_reduction: GradientReduction = "mean",
         backend: Backend = "auto",
+        warm_start: int = 0,
     ) -> None:
         super().__init__()
         if loss not in get_args(Loss):
@@ -130,7 +134,9 @@ class HeadLoss(nn.Module):
             box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
         check_initial_weight(initial_weight)
         check_gradient_reduction(gradient_reduction)
+        warm_start = check_warm_start(warm_start)
         self.loss: Loss = loss
+        self.warm_start = WarmStart(warm_start) if warm_start else None
         self.tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
         self.box_loss: BoxLoss = box_loss or _BOX_LOSSES[loss]
         self.constant_weight = 1.0 if box_weight is None and loss == "ap" else box_weight
@@ -161,6 +167,7 @@ class HeadLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("box_error", torch.tensor(math.nan))  # pickled by version 0.5
+        state.setdefault("warm_start", None)
         super().__setstate__(state)
 
     def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:
@@ -192,6 +199,10 @@ class HeadLoss(nn.Module):
         ranked = self.criterion(logits, targets, ious)
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.total, self._mean(errors, scores))
+
+    def blended(self, own: Callable[[], tuple[Tensor, ...]], ranked: Callable[[], HeadLosses]) -> HeadLosses:
+        """The ranked losses; in a warm start, and until the ranking has taken over, the library's own with them."""
+        return ranked() if self.warm_start is None else HeadLosses(*self.warm_start(own, ranked))
 
     def mask_loss(self, mask_logits: Tensor, mask_targets: Tensor, scores: Tensor, classification: Tensor) -> Tensor:
         """The loss of a mask branch beside Rank & Sort Loss: dice, its mean weighted by scores, balanced by value.

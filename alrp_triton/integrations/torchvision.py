@@ -59,6 +59,7 @@ def use_ranking_loss(
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
+    warm_start: int = 0,
 ) -> DetectorLoss:
     """Makes a detector of torchvision train with a ranking loss, and with the box loss of its paper.
 
@@ -106,14 +107,16 @@ def use_ranking_loss(
         process_group: see :class:`HeadLoss`; with DistributedDataParallel, ``"world"`` ranks what all GPUs have.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
+        warm_start: of RetinaNet and FCOS: steps with torchvision's own losses first, see :class:`HeadLoss`.
 
     Returns:
         The losses, :class:`HeadLoss` by the name of the head: ``"head"``, or ``"rpn"`` and ``"roi_heads"``. Save its
         ``state_dict()`` with your checkpoint. Called again, the model's losses are replaced by new ones.
 
     Raises:
-        TypeError: the model is none of these. ValueError: ``assignment``, ``box_coder`` or ``mask_loss`` that is
-            unknown or not for this model or loss; and what :class:`HeadLoss` raises. The model is then as before.
+        TypeError: the model is none of these. ValueError: ``assignment``, ``box_coder``, ``mask_loss`` or
+            ``warm_start`` that is unknown or not for this model or loss; and what :class:`HeadLoss` raises. The model
+            is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5, and the published configurations.
     """
@@ -126,6 +129,11 @@ def use_ranking_loss(
     if box_coder not in get_args(BoxCoding):
         raise ValueError(f"box_coder must be 'model' or 'published', got {box_coder!r}")
     candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
+    if warm_start and isinstance(model, GeneralizedRCNN):
+        raise ValueError(
+            f"warm_start is for RetinaNet and FCOS; the box head of {type(model).__name__} has a softmax without the "
+            f"ranking, so its own loss is no beginning; got {warm_start}"
+        )
     dice = _trains_dice(model, loss, mask_loss)
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
 
@@ -141,6 +149,7 @@ def use_ranking_loss(
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             backend=backend,
+            warm_start=warm_start,
         )
 
     heads: list[Head]

@@ -14,7 +14,7 @@ from ..distributed import ProcessGroup, tells_the_others
 from ..targets import IGNORE_INDEX
 from .atss import atss_match
 from .box_errors import STANDARD, Boxes, at_least_float32, in_deviations
-from .head_loss import HeadLoss
+from .head_loss import HeadLoss, HeadLosses
 
 Target = dict[str, Tensor]
 _CERTAIN = 100.0  # a logit whose sigmoid is 1
@@ -74,10 +74,24 @@ class DenseHead(Head):
     def losses(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
     ) -> dict[str, Tensor]:
+        """Those of torchvision by their names; ``matched`` (A,) of each image, an object or a negative number."""
+        self.check_labels(targets, 0, outputs["cls_logits"].shape[-1] - 1)
+        names = ("classification", "bbox_regression")
+
+        def own() -> tuple[Tensor, ...]:
+            theirs = self.original("compute_loss", targets, outputs, anchors, matched)
+            return tuple(theirs[name] for name in names)
+
+        return dict(
+            zip(names, self.loss.blended(own, lambda: self.ranked(targets, outputs, anchors, matched)), strict=True)
+        )
+
+    def ranked(
+        self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
+    ) -> HeadLosses:
         logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]  # (B, A, C), (B, A, 4)
         matches = torch.stack(matched)  # (B, A)
         positive = matches >= 0
-        self.check_labels(targets, 0, logits.shape[-1] - 1)
         # In the order of the anchors, image after image: that of the positives.
         of_positives = [
             (target["boxes"][match[match >= 0]], target["labels"][match[match >= 0]])
@@ -89,8 +103,7 @@ class DenseHead(Head):
         classes[positive] = labels.to(classes.dtype)
         # Under autocast the coder would round anchors to the dtype of the deltas.
         own = at_least_float32(deltas[positive])
-        out = self.loss(logits, classes, self.boxes(own, torch.stack(anchors)[positive], boxes.to(own.dtype)))
-        return {"classification": out.classification, "bbox_regression": out.box}
+        return self.loss(logits, classes, self.boxes(own, torch.stack(anchors)[positive], boxes.to(own.dtype)))
 
     def boxes(self, deltas: Tensor, anchors: Tensor, targets: Tensor) -> Boxes:
         raise NotImplementedError

@@ -37,6 +37,7 @@ class RankingDetector(LightningModule):
         box_weight: a constant in place of the balance of the loss' paper.
         box_coder: deviations of the box deltas, the papers' or torchvision's; None: the papers' with a ranking loss,
             where the detector has any.
+        warm_start: steps with torchvision's own loss, from which a ranking loss takes over in as many more.
         initial_weight: of aLRP's box loss until its balance is known; ``auto`` to fine-tune.
         assignment: of RetinaNet's anchors.
         size: shorter side that images are resized to.
@@ -69,6 +70,7 @@ class RankingDetector(LightningModule):
         box_loss: Literal["giou", "smooth_l1", "l1"] | None = None,
         box_weight: float | None = None,
         box_coder: Literal["published", "model"] | None = None,
+        warm_start: int = 0,
         initial_weight: float | Literal["auto"] = 50.0,
         assignment: Literal["iou", "atss"] = "iou",
         size: int = 500,
@@ -112,6 +114,7 @@ class RankingDetector(LightningModule):
                     period=of.period or self.batches_per_epoch or "later",
                     assignment=of.assignment,
                     box_coder=of.box_coder,
+                    warm_start=of.warm_start,
                     initial_weight=of.initial_weight,
                     box_loss=of.box_loss,
                     box_weight=of.box_weight,
@@ -119,8 +122,8 @@ class RankingDetector(LightningModule):
                 )
             except (TypeError, ValueError) as error:  # what does not go together, by name
                 raise UserError(str(error)) from error
-        if of.assignment != "iou" or of.box_weight is not None or of.box_coder != "model":
-            raise UserError("assignment, box_weight and box_coder need a ranking loss; torchvision's has its own")
+        if of.assignment != "iou" or of.box_weight is not None or of.box_coder != "model" or of.warm_start:
+            raise UserError("assignment, box_weight, box_coder and warm_start need a ranking loss")
         if of.box_loss is not None:
             if not of.detector.startswith("retinanet") or of.box_loss == "smooth_l1":
                 raise UserError(f"the box loss of {of.detector} is torchvision's; got {of.box_loss}")
