@@ -74,7 +74,7 @@ def test_layers_import_one_way() -> None:
             "__init__",
             "masks",
             "box_errors",
-            "head_loss",
+            "warm_start", "head_loss", "lightning",
             "atss",
             "torchvision_heads",
             "torchvision_masks",

@@ -47,13 +47,18 @@ def test_the_first_examples_run() -> None:
     assert names["model"].head.classification_head.cls_logits.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\).* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning")
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_examples_of_the_docs_run(page: Path) -> None:
     """One after the other, in one place."""
     if page.stem == "metrics":
         pytest.importorskip("torchmetrics")
         pytest.importorskip("faster_coco_eval")
-    if page.stem in ("index", "integrations"):
+        pytest.importorskip("sklearn")
+    if page.stem == "lightning":
+        pytest.importorskip("lightning")
+    if page.stem in ("index", "integrations", "lightning"):
         pytest.importorskip("torchvision.ops", exc_type=ImportError)
     names: dict[str, object] = {}
     for code in examples(page.read_text()):

@@ -24,6 +24,7 @@ from ..distributed import (
     GradientReduction,
     ProcessGroup,
     check_gradient_reduction,
+    check_process_group,
     name_and_size,
 )
 from ..functional import DELTA, DELTA_RS
@@ -87,6 +88,7 @@ class HeadLoss(nn.Module):
             weights, in the last step in which this process had any (NaN before the first). For logs: it is what falls
             as boxes improve, where aLRP's localisation part depends on the ranks too.
         period: of ``SelfBalance``, None without one; may be set.
+        process_group: may be set, where processes are started later.
         smooth_l1_beta: where smooth L1 becomes L1; published: 1, on deltas in units of their standard deviation.
 
     Raises:
@@ -165,6 +167,15 @@ class HeadLoss(nn.Module):
         elif period is not None:
             check_period(period)
 
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        return self.criterion.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | None) -> None:
+        check_process_group(process_group)
+        self.criterion.process_group = process_group
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("box_error", torch.tensor(math.nan))  # pickled by version 0.5
         state.setdefault("warm_start", None)
@@ -184,7 +195,7 @@ class HeadLoss(nn.Module):
                 More or fewer boxes than positives are an error of the loss, which calls what it gets of each of them
                 ``box_errors``, ``ious`` or ``num_positives``.
         """
-        boxes = checked(boxes, self.box_loss, process_group=self.criterion.process_group)
+        boxes = checked(boxes, self.box_loss, process_group=self.process_group)
         # One value for each positive: what the ranking needs, and the box loss that stands beside it.
         errors = box_errors(boxes, self.box_loss, self.smooth_l1_beta)
         if errors.numel():
@@ -238,10 +249,10 @@ class HeadLoss(nn.Module):
         """The weighted mean over the positives of all processes; the gradient is that of this process' own part."""
         total = (values * weights).sum()
         sums = torch.stack([total.detach(), weights.sum()])
-        name, size = name_and_size(self.criterion.process_group)
+        name, size = name_and_size(self.process_group)
         if name:
             sums = sums.double()  # one dtype on all processes
-            group = None if self.criterion.process_group == "world" else self.criterion.process_group
+            group = None if self.process_group == "world" else self.process_group
             dist.all_reduce(sums, group=group)
         divisor = torch.where(sums[1] > 0, sums[1], 1.0)
         # DDP will take the mean of the processes' gradients, where their sum is that of the joint loss.
@@ -274,6 +285,11 @@ class DetectorLoss(nn.ModuleDict):
         """Of the self-balancing of all heads, see :class:`HeadLoss`; of no effect where there is none."""
         for loss in self.values():
             loss.period = period
+
+    def set_process_group(self, process_group: ProcessGroup | None) -> None:
+        """Of all heads, see :class:`HeadLoss`: what a launcher starts is not there yet when a model is made."""
+        for loss in self.values():
+            loss.process_group = process_group
 
     def __getitem__(self, key: str) -> HeadLoss:
         return cast("HeadLoss", super().__getitem__(key))

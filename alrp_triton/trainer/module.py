@@ -99,10 +99,10 @@ class RankingDetector(LightningModule):
         self.calibration: Calibration | None = None
         self.found: list[Found] = []
         self.values: dict[str, Tensor] = {}
-        self.batches_per_epoch: int | None = None
-        self.losses = self._put_in_loss(1)
+        self.batches_per_epoch = 1
+        self.losses = self._put_in_loss()
 
-    def _put_in_loss(self, processes: int) -> DetectorLoss:
+    def _put_in_loss(self) -> DetectorLoss:
         of = self.settings
         if of.loss != "torchvision":
             if of.box_loss == "l1":
@@ -111,14 +111,13 @@ class RankingDetector(LightningModule):
                 return use_ranking_loss(
                     self.detector,
                     of.loss,
-                    period=of.period or self.batches_per_epoch or "later",
+                    period=of.period or "later",
                     assignment=of.assignment,
                     box_coder=of.box_coder,
                     warm_start=of.warm_start,
                     initial_weight=of.initial_weight,
                     box_loss=of.box_loss,
                     box_weight=of.box_weight,
-                    process_group="world" if processes > 1 else None,
                 )
             except (TypeError, ValueError) as error:  # what does not go together, by name
                 raise UserError(str(error)) from error
@@ -131,7 +130,7 @@ class RankingDetector(LightningModule):
         return DetectorLoss()
 
     def setup(self, stage: str) -> None:
-        """Puts the loss in anew, which knows now how long an epoch is, and which processes rank together."""
+        """Checks the data, and tells the loss how long an epoch is, and which processes rank together."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             seen = (data.training if stage == "fit" else data.held_out).coco.categories
@@ -145,9 +144,8 @@ class RankingDetector(LightningModule):
             raise UserError("RankingDetector is trained on a CocoDataModule, which says how long an epoch is")
         self.batches_per_epoch = data.steps_per_epoch
         self.images_per_step = data.batch * self.trainer.accumulate_grad_batches
-        state = self.losses.state_dict()
-        self.losses = self._put_in_loss(self.trainer.world_size)
-        self.losses.load_state_dict(state)
+        self.losses.set_period(self.settings.period or self.batches_per_epoch)
+        self.losses.set_process_group("world" if self.trainer.world_size > 1 else None)
 
     def check_sizes(self, data: CocoDetection | Images) -> None:
         """UserError: an image vanishes when it is resized."""
@@ -163,7 +161,7 @@ class RankingDetector(LightningModule):
     def total_steps(self) -> int:
         """Of the whole run; the learning rate depends on it."""
         trainer = self.trainer
-        per_epoch = math.ceil((self.batches_per_epoch or 1) / trainer.accumulate_grad_batches)
+        per_epoch = math.ceil(self.batches_per_epoch / trainer.accumulate_grad_batches)
         ends = [end for end in (trainer.max_steps, (trainer.max_epochs or 0) * per_epoch) if end > 0]  # -1: none
         if not ends:
             raise UserError("the schedule needs an end of the run: give max_epochs or max_steps")

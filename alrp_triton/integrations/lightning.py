@@ -1,0 +1,75 @@
+"""Lightning: what the ranking losses in one's own LightningModule do, in its logs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .head_loss import HeadLoss
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as missing:
+    raise ImportError("this integration needs lightning: pip install lightning") from missing
+
+
+class LogRankingLoss(Callback):
+    """Logs of each ranking loss in a module, under its name there, at every ``log_every_n_steps``-th step:
+
+    - ``NAME/box_weight``: what self-balancing, or the balance by value, multiplies the box loss by;
+    - ``NAME/box_error``: the mean of 1 - GIoU (or smooth L1) of the positives, which falls as boxes improve, where the
+      ranked localisation loss depends on the ranks, too;
+    - ``NAME/gradient_balance``: the sum of the gradients that pull scores up, by that of those that push scores down.
+      1 in every step of any of the losses (NaN without positives); something between the loss and the logits that
+      treats them apart, such as a clip of their gradients, shows here.
+
+    The losses are found among the submodules: assign what ``use_ranking_loss`` returns to an attribute, which puts the
+    state of the self-balancing into Lightning's checkpoints, too.
+
+    Raises:
+        ValueError: a module without a ranking loss begins to train.
+
+    Reference: Oksuz et al., NeurIPS 2020, Theorem 2 (the balance).
+    """
+
+    def __init__(self) -> None:
+        self._losses: dict[str, HeadLoss] = {}
+        self._balance: dict[str, Tensor] = {}
+        self._watching: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses = {name: part for name, part in pl_module.named_modules() if isinstance(part, HeadLoss)}
+        if not self._losses:
+            raise ValueError(
+                f"{type(pl_module).__name__} has no ranking loss among its submodules: assign what use_ranking_loss "
+                "returns to an attribute"
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._balance.clear()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # as Lightning counts
+            self._watching = [loss.register_forward_pre_hook(self._watch(name)) for name, loss in self._losses.items()]
+
+    def _watch(self, name: str) -> Any:
+        def note(gradient: Tensor) -> None:
+            up, down = gradient.clamp(max=0).sum(dtype=torch.float64), gradient.clamp(min=0).sum(dtype=torch.float64)
+            self._balance[name] = -up / down
+
+        def hook(loss: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            logits, *others = inputs
+            if logits.requires_grad:
+                logits = logits.view_as(logits)  # whose gradient is that of this loss alone
+                logits.register_hook(note)
+            return (logits, *others)
+
+        return hook
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        while self._watching:
+            self._watching.pop().remove()
+        for name, loss in self._losses.items():
+            pl_module.log_dict({f"{name}/box_weight": loss.box_weight, f"{name}/box_error": loss.box_error})
+        pl_module.log_dict({f"{name}/gradient_balance": value.float() for name, value in self._balance.items()})
