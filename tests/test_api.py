@@ -85,7 +85,10 @@ def test_layers_import_one_way() -> None:
             "mmdet_roi",
             "mmdet_masks",
             "mmdet",
+            "queries",
+            "detr",
             "transformers",
+            "transformers_trainer",
         ],
         "trainer": [
             "errors",

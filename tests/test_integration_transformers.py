@@ -21,12 +21,12 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
-from alrp_triton.integrations import transformers as integration
-from alrp_triton.integrations.transformers import remove_ranking_loss, use_ranking_loss
+from alrp_triton.integrations import queries
+from alrp_triton.integrations.transformers import load_ranking_loss, remove_ranking_loss, use_ranking_loss
 
 hf, corners = cast("Any", transformers), cast("Any", center_to_corners_format)
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSES, QUERIES, WIDTH, LAYERS = 5, 20, 32, 2
+CLASSES, QUERIES, WIDTH, LAYERS, GROUPS = 5, 20, 32, 2, 3  # groups: of LW-DETR
 NAMES = ["RTDetr", "RTDetrV2", "DFine", "Deimv2", "DeformableDetr", "ConditionalDetr", "DabDetr", "LwDetr"]
 CLASS_KEYS = ("loss_ce", "loss_vfl", "loss_mal")
 LABELS = [
@@ -47,7 +47,7 @@ def build(name: str, **extra: Any) -> Any:
     config |= {"decoder_ffn_dim": 16, "auxiliary_loss": True}
     if name == "LwDetr":
         config |= {"d_model": WIDTH, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2}
-        config |= {"group_detr": 3, "projector_scale_factors": [1.0], "num_queries": 8}
+        config |= {"group_detr": GROUPS, "projector_scale_factors": [1.0], "num_queries": 8}
         vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
         vit |= {"pretrain_image_size": 64, "window_block_indices": [1], "out_indices": [2], "num_windows": 4}
         config["backbone_config"] = hf.LwDetrViTConfig(**vit)
@@ -97,15 +97,21 @@ def by_hand(logits: Tensor, boxes: Tensor, indices: Any) -> tuple[np.ndarray, Te
     return dense, torch.stack([e for _, e, _ in found]), torch.stack([i for *_, i in found])
 
 
-def expected(loss: str, logits: Tensor, boxes: Tensor, indices: Any) -> float:
+def expected(loss: str, logits: Tensor, boxes: Tensor, indices: Any, groups: int = 1) -> float:
     dense, errors, ious = by_hand(logits.detach(), boxes.detach(), indices)
-    scores = logits.detach().numpy()
-    if loss == "alrp":
-        return alrp_loss(scores, dense, errors.numpy()).classification
-    if loss == "ap":
-        return ap_loss(scores, dense).loss
-    result = rank_sort_loss(scores, dense, ious.numpy())
-    return result.ranking + result.sorting
+    scores, size, total = logits.detach().numpy(), logits.shape[1] // groups, 0.0
+    group = np.nonzero(dense)[1] // size  # of each positive
+    for each in range(groups):
+        part, marks = (array[:, each * size : (each + 1) * size] for array in (scores, dense))
+        if loss == "alrp":
+            value = alrp_loss(part, marks, errors.numpy()[group == each]).classification
+        elif loss == "ap":
+            value = ap_loss(part, marks).loss
+        else:
+            result = rank_sort_loss(part, marks, ious.numpy()[group == each])
+            value = result.ranking + result.sorting
+        total += value * (group == each).mean()
+    return total
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,13 +123,14 @@ def test_all_rankings_are_the_oracles_and_all_else_is_theirs(
     theirs = run(model).loss_dict
     keys = set(model.state_dict())
     calls: list[tuple[Tensor, Tensor, Any]] = []
-    ranked = integration._ranked  # pyright: ignore[reportPrivateUsage]
+    ranked = queries.ranked
 
-    def spy(head_loss: Any, logits: Tensor, boxes: Tensor, targets: Any, indices: Any) -> Any:
+    def spy(head_loss: Any, logits: Tensor, boxes: Tensor, targets: Any, indices: Any, groups: int) -> Any:
         calls.append((logits, boxes, indices))
-        return ranked(head_loss, logits, boxes, targets, indices)
+        assert groups == (GROUPS if name == "LwDetr" else 1)
+        return ranked(head_loss, logits, boxes, targets, indices, groups)
 
-    monkeypatch.setattr(integration, "_ranked", spy)
+    monkeypatch.setattr(queries, "ranked", spy)
     losses = use_ranking_loss(model, loss, period=100 if loss == "alrp" else None, backend="torch")  # pyright: ignore[reportArgumentType]
     out = run(model)
     ours = out.loss_dict
@@ -131,7 +138,7 @@ def test_all_rankings_are_the_oracles_and_all_else_is_theirs(
     values = [value for key, value in ours.items() if key.startswith(CLASS_KEYS)]
     assert len(values) == len(calls) == len(losses)
     for value, (logits, boxes, indices) in zip(values, calls, strict=True):
-        assert_near(value, expected(loss, logits, boxes, indices), 1e-5, "a ranking")
+        assert_near(value, expected(loss, logits, boxes, indices, GROUPS if name == "LwDetr" else 1), 1e-5, "a ranking")
     replaced = (*CLASS_KEYS, "loss_giou") if loss == "alrp" else CLASS_KEYS
     for key, value in ours.items():
         if not key.startswith(replaced):
@@ -140,8 +147,9 @@ def test_all_rankings_are_the_oracles_and_all_else_is_theirs(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
-    assert set(model.state_dict()) == keys
+    assert {key for key in model.state_dict() if not key.startswith("ranking_loss.")} == keys
     remove_ranking_loss(model)
+    assert set(model.state_dict()) == keys
     assert all(torch.equal(value, theirs[key]) for key, value in run(model).loss_dict.items())
 
 
@@ -178,8 +186,7 @@ def test_gradients_and_matching_by_hand(name: str) -> None:
     assert again.grad is not None
     assert_gradient(logits.grad.flatten(), oracle.grad_logits, 1e-5)
     assert_near(boxes.grad, again.grad, 1e-5, "gradient of boxes")
-    first: Any = losses[0]
-    assert float(first.box_weight) == pytest.approx(50)
+    assert float(losses["last"].box_weight) == pytest.approx(50)
 
 
 def test_ap_is_ranked_without_boxes() -> None:
@@ -207,7 +214,7 @@ def test_state_is_kept_for_each_layer() -> None:
     assert len(losses) == 2 * LAYERS + 1
     for seed in range(2):
         run(model, seed)
-    weights = [float(each.balance.weight) for each in losses]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    weights = [float(each.box_weight) for each in losses.values()]
     assert len(set(weights)) > 1
     assert 50.0 not in weights
     resumed = pickle.loads(pickle.dumps(model))

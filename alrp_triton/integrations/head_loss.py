@@ -181,7 +181,7 @@ class HeadLoss(nn.Module):
         state.setdefault("warm_start", None)
         super().__setstate__(state)
 
-    def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes) -> HeadLosses:
+    def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes, groups: Tensor | None = None) -> HeadLosses:
         """The losses of all anchors of a batch: all images, all levels, for they are one ranking.
 
         Args:
@@ -189,6 +189,7 @@ class HeadLoss(nn.Module):
             targets: as for :func:`alrp_triton.alrp_loss`: ``(N,)`` class indices, C for background, -1 for ignored;
                 or dense, the shape of the logits.
             boxes: of the positives. Computed in float32 at least, whatever their dtype.
+            groups: what is ranked apart, see :func:`alrp_triton.alrp_loss`; box losses are those of all positives.
 
         Raises:
             TypeError, ValueError: as the losses do; boxes that are not ``(P, 4)``, or lack deltas that are needed.
@@ -201,13 +202,13 @@ class HeadLoss(nn.Module):
         if errors.numel():
             self.box_error = errors.detach().mean()
         if isinstance(self.criterion, ALRPLoss):
-            ranked = self.criterion(logits, targets, giou_localisation_error(errors, self.tau))
+            ranked = self.criterion(logits, targets, giou_localisation_error(errors, self.tau), groups=groups)
             return self._weighted(ranked.classification, ranked.localisation)
         if isinstance(self.criterion, APLoss):
-            classification = self.criterion(logits, targets, num_positives=errors.numel())
+            classification = self.criterion(logits, targets, num_positives=errors.numel(), groups=groups)
             return self._weighted(classification, self._mean(errors, torch.ones_like(errors)))
         ious = paired_iou(boxes.predicted.detach(), boxes.target)
-        ranked = self.criterion(logits, targets, ious)
+        ranked = self.criterion(logits, targets, ious, groups=groups)
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.total, self._mean(errors, scores))
 

@@ -3,29 +3,32 @@
 ::
 
     model = RTDetrForObjectDetection.from_pretrained(name)
-    loss = use_ranking_loss(model, "alrp", period=len(loader))
+    losses = use_ranking_loss(model, "alrp", period=len(loader))
     model(pixel_values=images, labels=labels).loss.backward()
 
-The model's own loss function runs, with one method of its criterion replaced: matching, auxiliary outputs, denoising,
-the weights of the config are theirs. Parameters and buffers are not touched, and ``state_dict`` stays as it is.
+The model's own loss function runs, with methods of its criterion replaced: matching, auxiliary outputs, denoising, the
+weights of the config are theirs. Parameters are not touched. The losses are part of the model, ``model.ranking_loss``,
+and their state of its ``state_dict``, so that it goes where the model's goes: into checkpoints, and back on resume.
 """
 
 import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
-from .box_errors import Boxes, at_least_float32
-from .head_loss import HeadLoss, HeadLosses, Loss
+from .detr import box_arguments
+from .head_loss import Loss
+from .queries import LAST, QueryLosses, Ranking
 
 try:
-    from torchvision.ops import box_convert
+    from safetensors import safe_open
     from transformers import PreTrainedModel
 except ImportError as missing:
     raise ImportError("this integration needs transformers>=5.0, scipy and torchvision") from missing
@@ -33,20 +36,19 @@ except ImportError as missing:
 
 class _Family(NamedTuple):
     criterion: str  # the class that the loss function makes its criterion of
-    passes: int  # over the layers of the decoder: 2 with denoising
-    encoder: int  # 1 where the encoder's proposals have a loss too
+    denoising: bool  # whether layers are passed with denoising queries, too
+    encoder: bool  # whether the encoder's proposals have a loss, too
 
 
 _FAMILIES = {
-    "DeformableDetrForObjectDetectionLoss": _Family("DeformableDetrImageLoss", 1, 0),
-    "LwDetrForObjectDetectionLoss": _Family("LwDetrImageLoss", 1, 1),
-    "RTDetrForObjectDetectionLoss": _Family("RTDetrLoss", 2, 1),
-    "DFineForObjectDetectionLoss": _Family("DFineLoss", 2, 1),
-    "Deimv2ForObjectDetectionLoss": _Family("Deimv2Loss", 2, 1),
+    "DeformableDetrForObjectDetectionLoss": _Family("DeformableDetrImageLoss", False, False),
+    "LwDetrForObjectDetectionLoss": _Family("LwDetrImageLoss", False, True),
+    "RTDetrForObjectDetectionLoss": _Family("RTDetrLoss", True, True),
+    "DFineForObjectDetectionLoss": _Family("DFineLoss", True, True),
+    "Deimv2ForObjectDetectionLoss": _Family("Deimv2Loss", True, True),
 }
-_CLASSIFICATION = {"labels": "loss_ce", "vfl": "loss_vfl", "mal": "loss_mal"}  # and the key of its value
-_GIOU = "loss_giou"
 _GIOU_WEIGHTS = ("giou_loss_coefficient", "weight_loss_giou")  # in configs
+_STATE = "ranking_loss"  # the losses' name in the model
 
 
 def use_ranking_loss(
@@ -61,24 +63,28 @@ def use_ranking_loss(
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
-) -> nn.ModuleList:
+) -> QueryLosses:
     """Makes a detector of transformers rank its class scores, in place of focal, varifocal or matching-aware loss.
 
     The queries of all images of a batch are one ranking in each decoder layer, the last and the auxiliary ones, in the
-    encoder's proposals and in each layer of denoising. The loss stands under the key, and has the weight, of the one it
-    replaces. Box losses (L1, GIoU, those of D-FINE) stay as they are, but for ``"alrp"``: there the errors of
-    localisation come from the GIoU of the matched boxes, and aLRP's localisation part takes the place of the GIoU loss,
-    weighted by self-balancing instead of the config's coefficient.
+    encoder's proposals and in each layer of denoising; LW-DETR's groups of queries are ranked apart. The loss stands
+    under the key, and has the weight, of the one it replaces. Box losses (L1, GIoU, those of D-FINE) stay as they are,
+    but for ``"alrp"``: there the errors of localisation come from the GIoU of the matched boxes, and aLRP's
+    localisation part takes the place of the GIoU loss, weighted by self-balancing instead of the config's coefficient.
 
     Each of these rankings has a :class:`HeadLoss` of its own, for its boxes are better or worse than those of other
     layers, and so is the weight that balances it; and ``period`` stays a number of steps.
+
+    With ``Trainer``: its checkpoints and its resume hold the losses' state; ``TrainingArguments(max_grad_norm=0)``, for
+    the default of 1.0 clips gradients, which the published recipes do not; and
+    :class:`alrp_triton.integrations.transformers_trainer.RankingLossCallback` logs the parts of the loss.
 
     Args:
         model: Deformable DETR, Conditional DETR, DAB-DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR or RF-DETR
             (untested, its loss is that of LW-DETR); ``...ForObjectDetection``.
         loss: ``"alrp"``, ``"ap"`` or ``"rank_sort"``.
-        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``; ``"later"``: not known yet, set
-            ``period`` of each of the losses before the first step.
+        period: of aLRP's self-balancing, an epoch in your steps, ``len(loader)``; ``"later"``: not known yet, call
+            ``set_period`` of what is returned before the first step, or add the callback.
         initial_weight: see :class:`HeadLoss`; ``"auto"`` to fine-tune a detector.
         tau: see :class:`HeadLoss`.
         box_weight: of aLRP's localisation part, a constant instead of self-balancing; for ``"alrp"`` alone.
@@ -88,8 +94,8 @@ def use_ranking_loss(
         backend: see :class:`HeadLoss`.
 
     Returns:
-        The losses, :class:`HeadLoss` in the order of the model's ``loss_dict``: the last layer, the auxiliary ones, the
-        encoder, denoising. Save its ``state_dict()`` with your checkpoint. Called again, they are replaced by new ones.
+        The losses, :class:`HeadLoss` by the name of the output: ``"last"``, ``"auxiliary_0"`` and so on, ``"encoder"``,
+        ``"denoising_0"`` and so on. Called again, they are replaced by new ones.
 
     Raises:
         TypeError: a model that is none of these, such as one that scores by a softmax with a "no object" class: DETR,
@@ -100,10 +106,9 @@ def use_ranking_loss(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a detector of transformers, got {type(model).__name__}")
-    if box_weight is not None and loss != "alrp":
-        raise ValueError(f"box_weight is for loss 'alrp', box losses of {loss!r} are the model's; got {box_weight}")
+    of_boxes = box_arguments(loss, box_weight)
     current: Any = model.loss_function
-    original = current.original if isinstance(current, _RankingLoss) else current
+    original = current.original if isinstance(current, RankingLossFunction) else current
     name = getattr(original, "__name__", type(original).__name__)
     if name in ("ForObjectDetectionLoss", "ForSegmentationLoss"):
         raise TypeError(
@@ -119,93 +124,120 @@ def use_ranking_loss(
     family, layers, last = _FAMILIES[name], config.decoder_layers, getattr(config, "eval_idx", -1)
     if last >= 0:  # wider layers after the one that is evaluated
         layers += layers - 1 - last
-    losses = nn.ModuleList(
-        HeadLoss(
-            loss,
-            period=period,
-            initial_weight=initial_weight,
-            tau=tau,
-            box_loss="giou",
-            box_weight=box_weight,
-            delta=delta,
-            process_group=process_group,
-            gradient_reduction=gradient_reduction,
-            backend=backend,
-        )
-        for _ in range(family.passes * layers + family.encoder)
+    names = [LAST, *(f"auxiliary_{layer}" for layer in range(layers - 1))]
+    names += ["encoder"] * family.encoder + [f"denoising_{layer}" for layer in range(layers)] * family.denoising
+    losses = QueryLosses(
+        {
+            "loss": loss,
+            "period": period,
+            "initial_weight": initial_weight,
+            "tau": tau,
+            **of_boxes,
+            "delta": delta,
+            "process_group": process_group,
+            "gradient_reduction": gradient_reduction,
+            "backend": backend,
+        },
+        names,
     )
-    model.loss_function = _RankingLoss(model, original, family.criterion, losses)
+    # The RT-DETR family has the encoder's proposals behind the auxiliary layers, in one list.
+    other_names = {f"auxiliary_{layers - 1}": "encoder"} if family.denoising else {}
+    model.ranking_loss = losses.train(model.training)
+    model.loss_function = RankingLossFunction(original, family.criterion, losses, other_names)
     return losses
 
 
 def remove_ranking_loss(model: PreTrainedModel) -> None:
     """Gives a detector the loss of transformers back; nothing happens where it has it."""
     current: Any = model.loss_function
-    if isinstance(current, _RankingLoss):
+    if isinstance(current, RankingLossFunction):
         model.loss_function = current.original
+        del model.ranking_loss
 
 
-class _RankingLoss:
+def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
+    """Gives the losses of a model the state that ``save_pretrained``, or ``Trainer``, has stored with it.
+
+    ``from_pretrained`` makes a model with a loss of its own and leaves the state of the ranking loss out, which it says.
+    To go on from there: ``from_pretrained``, :func:`use_ranking_loss`, and this. ``Trainer`` does it by itself on
+    ``resume_from_checkpoint``.
+
+    Args:
+        model: with a ranking loss.
+        folder: that it was saved in, with its ``*.safetensors``.
+
+    Raises:
+        ValueError: the model has no ranking loss. FileNotFoundError: no such files. RuntimeError: no state in them, or
+            that of another kind of loss. The state of the losses is then as before.
+    """
+    current: Any = model.loss_function
+    if not isinstance(current, RankingLossFunction):
+        raise ValueError(
+            f"model must have a ranking loss; {type(model).__name__} has none: call use_ranking_loss first"
+        )
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"folder must have a model in *.safetensors, got {folder}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            keys = [key for key in stored.keys() if key.startswith(f"{_STATE}.")]  # noqa: SIM118
+            state |= {key.removeprefix(f"{_STATE}."): stored.get_tensor(key) for key in keys}
+    copy.deepcopy(current.losses).load_state_dict(state)
+    current.losses.load_state_dict(state)
+
+
+class RankingLossFunction:
     """Stands in for a model's loss function; copied and pickled with the model, for it is its attribute."""
 
-    def __init__(self, model: nn.Module, original: FunctionType, criterion: str, losses: nn.ModuleList) -> None:
-        self.model, self.original, self.criterion, self.losses = model, original, criterion, losses
-        first: Any = losses[0]
-        self.ranks_boxes = first.loss == "alrp"
+    def __init__(
+        self, original: FunctionType, criterion: str, losses: QueryLosses, other_names: Mapping[str, str]
+    ) -> None:
+        self.original, self.criterion, self.losses, self.other_names = original, criterion, losses, other_names
+        self.watch: Callable[[Mapping[str, Tensor], list[str]], None] | None = None
+        """Told the weighted parts of the loss in each step of training, and the names of the rankings."""
 
     def __call__(
         self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         # The function itself makes its criterion, of a class that it finds by name. So it is called with this name
         # standing for ours, in a namespace of its own: transformers' is left alone, and other models with it.
-        self.losses.train(self.model.training)  # what balances records nothing of a validation loss
         theirs = self.original.__globals__[self.criterion]
-        state = {"head_losses": self.losses, "ranks_boxes": self.ranks_boxes}
-        ours = type(self.criterion, (_Ranked, theirs), state)
-        names = {**self.original.__globals__, self.criterion: ours}
+        denoising = kwargs.get("denoising_meta_values")
+        made: list[_Ranking] = []
+
+        def criterion(*args: Any, **options: Any) -> Any:
+            ranking = _Ranking(theirs(*args, **options), self.losses, self.other_names)
+            ranking.split = None if denoising is None else tuple(denoising["dn_num_split"])
+            made.append(ranking)
+            return ranking.put_in().criterion
+
+        names = {**self.original.__globals__, self.criterion: criterion}
         function = FunctionType(self.original.__code__, names, None, self.original.__defaults__)
         function.__kwdefaults__ = self.original.__kwdefaults__
-        if self.ranks_boxes:  # HeadLoss has weighted them
+        if self.losses.arguments["loss"] == "alrp":  # HeadLoss has weighted them
             config = copy.copy(config)
             for name in _GIOU_WEIGHTS:
                 if hasattr(config, name):
                     setattr(config, name, type(getattr(config, name))(1))  # int or float, which configs insist on
-        return function(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        try:
+            loss, parts, *rest = function(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        finally:
+            for ranking in made:  # a criterion that refers to itself would not be gone at once
+                ranking.take_out()
+        if self.watch is not None and self.losses.training:
+            self.watch(parts, [name for ranking in made for name in ranking.asked])
+        return (loss, parts, *rest)
 
 
-class _Ranked:
-    """The part of a criterion that ranks. A criterion is made anew for each step, and asks for its losses in order."""
+class _Ranking(Ranking):
+    split: tuple[int, int] | None = None
+    """How many queries are there for denoising, and how many others behind them."""
 
-    head_losses: nn.ModuleList
-    ranks_boxes: bool
-    asked = 0
-
-    def get_loss(
-        self, loss: str, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], indices: Any, num_boxes: Any
-    ) -> dict[str, Tensor]:
-        if loss not in _CLASSIFICATION:
-            theirs: Any = super()
-            values = theirs.get_loss(loss, outputs, targets, indices, num_boxes)
-            return {key: value for key, value in values.items() if not (self.ranks_boxes and key == _GIOU)}
-        head_loss: Any = self.head_losses[self.asked]
-        self.asked += 1
-        out = _ranked(head_loss, outputs["logits"], outputs["pred_boxes"], targets, indices)
-        values = {_CLASSIFICATION[loss]: out.classification}
-        return {**values, _GIOU: out.box} if self.ranks_boxes else values
-
-
-def _ranked(
-    head_loss: HeadLoss, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], indices: Any
-) -> HeadLosses:
-    """The losses of logits ``(B, Q, C)`` and boxes ``(B, Q, 4)`` for pairs of queries and objects of each image."""
-    classes = torch.full(logits.shape[:2], logits.shape[-1], device=logits.device)  # background
-    matched = torch.zeros(boxes.shape, device=boxes.device)
-    positive = torch.zeros_like(classes, dtype=torch.bool)
-    # By query, whatever the order of the pairs: positives are in the order of their flat index.
-    for image, (target, (queries, objects)) in enumerate(zip(targets, indices, strict=True)):
-        queries, objects = queries.to(logits.device), objects.to(logits.device)
-        classes[image, queries] = target["class_labels"].to(classes.dtype)[objects]
-        matched[image, queries] = target["boxes"].to(matched.dtype)[objects]
-        positive[image, queries] = True
-    corners = (box_convert(at_least_float32(each[positive]), "cxcywh", "xyxy") for each in (boxes, matched))
-    return head_loss(logits, classes, Boxes(*corners))
+    def forward(self, outputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # transformers before 5.20 (DEIMv2 without auxiliary losses: in all versions) matches and scores those of
+        # denoising as if they were detections.
+        if self.split is not None and outputs["logits"].shape[1] == sum(self.split):
+            detections = {name: outputs[name][:, self.split[0] :] for name in ("logits", "pred_boxes")}
+            outputs = {**outputs, **detections}
+        return super().forward(outputs, *args, **kwargs)
