@@ -21,58 +21,14 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
-from alrp_triton.integrations import queries
+from alrp_triton.integrations import queries as shared
 from alrp_triton.integrations.transformers import load_ranking_loss, remove_ranking_loss, use_ranking_loss
+from tests.tiny_detr import CLASSES, GROUPS, LABELS, LAYERS, QUERIES, build
 
 hf, corners = cast("Any", transformers), cast("Any", center_to_corners_format)
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSES, QUERIES, WIDTH, LAYERS, GROUPS = 5, 20, 32, 2, 3  # groups: of LW-DETR
 NAMES = ["RTDetr", "RTDetrV2", "DFine", "Deimv2", "DeformableDetr", "ConditionalDetr", "DabDetr", "LwDetr"]
 CLASS_KEYS = ("loss_ce", "loss_vfl", "loss_mal")
-LABELS = [
-    {
-        "class_labels": torch.tensor([1, 3, 0]),
-        "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.5, 0.3, 0.4], [0.2, 0.7, 0.1, 0.3]]),
-    },
-    {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)},  # nothing there
-    {"class_labels": torch.tensor([4, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.9, 0.8], [0.4, 0.1, 0.2, 0.1]])},
-]
-
-
-def build(name: str, **extra: Any) -> Any:
-    """A model of a few thousand parameters, in training."""
-    stages: dict[str, Any] = {"hidden_sizes": [8, 12, 12, 12], "embedding_size": 8}
-    stages["out_features"] = ["stage2", "stage3", "stage4"]
-    config: dict[str, Any] = {"num_labels": CLASSES, "num_queries": QUERIES, "decoder_layers": LAYERS}
-    config |= {"decoder_ffn_dim": 16, "auxiliary_loss": True}
-    if name == "LwDetr":
-        config |= {"d_model": WIDTH, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2}
-        config |= {"group_detr": GROUPS, "projector_scale_factors": [1.0], "num_queries": 8}
-        vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
-        vit |= {"pretrain_image_size": 64, "window_block_indices": [1], "out_indices": [2], "num_windows": 4}
-        config["backbone_config"] = hf.LwDetrViTConfig(**vit)
-    else:
-        config |= {"encoder_layers": 1, "encoder_ffn_dim": 16, "encoder_attention_heads": 2}
-        config |= {"decoder_attention_heads": 2, "hidden_size" if name == "DabDetr" else "d_model": WIDTH}
-    if name in ("RTDetr", "RTDetrV2", "DFine", "Deimv2"):
-        config |= {"encoder_hidden_dim": WIDTH, "encoder_in_channels": [12] * 3, "feat_strides": [8, 16, 32]}
-        config |= {"decoder_in_channels": [WIDTH] * 3, "num_denoising": 10}
-        config["decoder_n_points"] = 2 if name.startswith("RT") else [2, 2, 2]
-    if name.startswith("RT"):
-        stages["embeddings_size"] = stages.pop("embedding_size")
-        config["backbone_config"] = hf.RTDetrResNetConfig(depths=[1] * 4, **stages)
-    elif name in ("DFine", "Deimv2"):
-        widths = {f"stage_{each}_channels": [8, 12, 12, 12] for each in ("mid", "out")}
-        blocks = {"stage_in_channels": [8, 8, 12, 12], "stem_channels": [3, 8, 8], "stage_num_blocks": [1] * 4}
-        config["backbone_config"] = hf.HGNetV2Config(**widths, **blocks, stage_numb_of_layers=[1] * 4, **stages)
-    elif name != "LwDetr":
-        config["backbone_config"] = hf.ResNetConfig(depths=[1] * 4, **stages)
-    torch.manual_seed(0)
-    model = getattr(hf, f"{name}ForObjectDetection")(getattr(hf, f"{name}Config")(**{**config, **extra})).train()
-    with torch.no_grad():
-        for parameter in model.parameters():  # some are zero, so that boxes would be equal and their order by chance
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
 
 
 def run(model: Any, seed: int = 1) -> Any:
@@ -123,14 +79,14 @@ def test_all_rankings_are_the_oracles_and_all_else_is_theirs(
     theirs = run(model).loss_dict
     keys = set(model.state_dict())
     calls: list[tuple[Tensor, Tensor, Any]] = []
-    ranked = queries.ranked
+    ranked = shared.ranked
 
     def spy(head_loss: Any, logits: Tensor, boxes: Tensor, targets: Any, indices: Any, groups: int) -> Any:
         calls.append((logits, boxes, indices))
         assert groups == (GROUPS if name == "LwDetr" else 1)
         return ranked(head_loss, logits, boxes, targets, indices, groups)
 
-    monkeypatch.setattr(queries, "ranked", spy)
+    monkeypatch.setattr(shared, "ranked", spy)
     losses = use_ranking_loss(model, loss, period=100 if loss == "alrp" else None, backend="torch")  # pyright: ignore[reportArgumentType]
     out = run(model)
     ours = out.loss_dict

@@ -194,8 +194,8 @@ class RankingLossFunction:
         self, original: FunctionType, criterion: str, losses: QueryLosses, other_names: Mapping[str, str]
     ) -> None:
         self.original, self.criterion, self.losses, self.other_names = original, criterion, losses, other_names
-        self.watch: Callable[[Mapping[str, Tensor], list[str]], None] | None = None
-        """Told the weighted parts of the loss in each step of training, and the names of the rankings."""
+        self.watch: Callable[[QueryLosses, Mapping[str, Tensor], list[str]], None] | None = None
+        """Told of each step of training: the losses, the parts of the loss, the names of what was ranked."""
 
     def __call__(
         self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, config: Any, *args: Any, **kwargs: Any
@@ -226,7 +226,7 @@ class RankingLossFunction:
             for ranking in made:  # a criterion that refers to itself would not be gone at once
                 ranking.take_out()
         if self.watch is not None and self.losses.training:
-            self.watch(parts, [name for ranking in made for name in ranking.asked])
+            self.watch(self.losses, parts, [name for ranking in made for name in ranking.asked])
         return (loss, parts, *rest)
 
 
