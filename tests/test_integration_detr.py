@@ -151,7 +151,7 @@ def by_hand(loss: str, outputs: Output, pairs: Pairs, groups: int = 1) -> tuple[
     count = 0
     for group in range(groups):
         dense = torch.zeros(len(TARGETS), size, CLASSES)
-        found: list[tuple[int, Tensor, Tensor]] = []
+        found: list[tuple[int, tuple[Tensor, Tensor]]] = []
         for image, (queries, objects) in enumerate(pairs):
             for query, each in zip((queries - size * group).tolist(), objects.tolist(), strict=True):
                 if 0 <= query < size:
@@ -160,10 +160,12 @@ def by_hand(loss: str, outputs: Output, pairs: Pairs, groups: int = 1) -> tuple[
                     own, other = outputs["pred_boxes"][image, size * group + query], TARGETS[image]["boxes"][each]
                     corners = [box_convert(box[None].double(), "cxcywh", "xyxy") for box in (own, other)]
                     place = (image * size + query) * CLASSES + label
-                    found.append((place, generalized_box_iou_loss(*corners)[0], paired_iou(*corners)[0]))
+                    found.append(
+                        (place, (generalized_box_iou_loss(corners[0], corners[1])[0], paired_iou(*corners)[0]))
+                    )
         found.sort(key=lambda each: each[0])
         scores = logits[:, size * group : size * (group + 1)]
-        gious, ious = (torch.stack([each[k] for each in found]).float() for k in (1, 2))
+        gious, ious = (torch.stack([each[k] for _, each in found]).float() for k in (0, 1))
         if loss == "alrp":
             out = alrp_loss(scores, dense, gious / 2 / 0.5, backend="torch")
             parts = (out.classification, out.localisation)
@@ -215,9 +217,8 @@ def test_each_output_is_a_ranking_of_its_own(loss: Any, kind: str, order: Any) -
         giou = 50 * box if loss == "alrp" else theirs["loss_giou" + suffix]
         assert_near(ours["loss_giou" + suffix], giou, 1e-5, "loss_giou" + suffix)
         expected += [2 * classification] + ([50 * box] if loss == "alrp" else [])
-    sum(
-        value for name, value in ours.items() if name.startswith((key, "loss_giou" if loss == "alrp" else key))
-    ).backward()
+    replaced = (key, "loss_giou") if loss == "alrp" else key
+    torch.stack([value for name, value in ours.items() if name.startswith(replaced)]).sum().backward()
     torch.stack(expected).sum().backward()
     for each, other in zip(all_of(outputs).values(), all_of(again).values(), strict=True):
         assert_near(each["pred_logits"].grad, other["pred_logits"].grad, 1e-5, "gradient of logits")
@@ -363,14 +364,14 @@ def test_what_is_no_such_criterion_is_refused() -> None:
         use_ranking_loss(nn.Linear(1, 1), period=1)
     with pytest.raises(ValueError, match="period must be given"):
         use_ranking_loss(criterion)
-    with pytest.raises(ValueError, match="box_weight is for loss 'alrp'.*'ap'"):
+    with pytest.raises(ValueError, match=r"box_weight is for loss 'alrp'.*'ap'"):
         use_ranking_loss(criterion, "ap", box_weight=1.0)
     criterion.losses = ("labels", "boxes")
     with pytest.raises(TypeError, match="softmax with a 'no object' class"):
         use_ranking_loss(criterion, period=1)
     criterion.losses = ("vfl", "boxes")
     del criterion.weight_dict["loss_giou"]
-    with pytest.raises(ValueError, match="a weight for 'loss_giou'.*'loss_vfl', 'loss_bbox'"):
+    with pytest.raises(ValueError, match=r"a weight for 'loss_giou'.*'loss_vfl', 'loss_bbox'"):
         use_ranking_loss(criterion, period=1)
     assert vars(criterion) == before
 

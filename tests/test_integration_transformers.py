@@ -19,10 +19,10 @@ import transformers
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
-from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher, RTDetrLoss
 
 from alrp_triton.integrations import queries as shared
-from alrp_triton.integrations.transformers import load_ranking_loss, remove_ranking_loss, use_ranking_loss
+from alrp_triton.integrations.transformers import remove_ranking_loss, use_ranking_loss
 from tests.tiny_detr import CLASSES, GROUPS, LABELS, LAYERS, QUERIES, build
 
 hf, corners = cast("Any", transformers), cast("Any", center_to_corners_format)
@@ -186,6 +186,65 @@ def test_state_is_kept_for_each_layer() -> None:
     assert all(torch.equal(value, before[key]) for key, value in losses.state_dict().items())
     run(model.train())
     assert any(not torch.equal(value, before[key]) for key, value in losses.state_dict().items())
+
+
+def RTDetrForObjectDetectionLoss(  # noqa: N802
+    logits: Any, labels: Any, device: Any, pred_boxes: Any, config: Any, **kwargs: Any
+) -> Any:
+    """Of a transformers before 5.18, as far as it matters: queries of denoising are in the main loss."""
+    values = RTDetrLoss(config)({"logits": logits, "pred_boxes": pred_boxes}, labels)
+    return sum(values.values()), values, None
+
+
+def test_queries_of_denoising_are_no_detections() -> None:
+    torch.manual_seed(3)
+    logits, boxes = torch.randn(3, QUERIES + 8, CLASSES), torch.rand(3, QUERIES + 8, 4) * 0.5 + 0.2
+    model = build("RTDetr")
+    results: list[Any] = []
+    for first in (0, 8):
+        model.loss_function = RTDetrForObjectDetectionLoss
+        use_ranking_loss(model, period=100, backend="torch")
+        meta = {"dn_num_split": [8, QUERIES]}
+        _, values, _ = model.loss_function(
+            logits[:, first:], LABELS, "cpu", boxes[:, first:], model.config, denoising_meta_values=meta
+        )
+        results.append(values)
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_deimv2_without_auxiliary_losses_leaves_denoising_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There transformers itself has its queries in the main loss, in all versions so far."""
+    seen: list[tuple[int, ...]] = []
+    ranked = shared.ranked
+
+    def spy(head_loss: Any, logits: Tensor, *rest: Any) -> Any:
+        seen.append(tuple(logits.shape))
+        return ranked(head_loss, logits, *rest)
+
+    monkeypatch.setattr(shared, "ranked", spy)
+    model = build("Deimv2", auxiliary_loss=False)
+    use_ranking_loss(model, period=100, backend="torch")
+    run(model).loss.backward()
+    assert seen == [(len(LABELS), QUERIES, CLASSES)]
+
+
+def test_losses_have_names() -> None:
+    model = build("RTDetr")
+    losses = use_ranking_loss(model, period=100, backend="torch")
+    assert list(losses) == ["last", "auxiliary_0", "encoder", "denoising_0", "denoising_1"]
+    run(model)
+    assert list(losses) == ["last", "auxiliary_0", "encoder", "denoising_0", "denoising_1"]
+    assert all(float(each.box_error) > 0 for each in losses.values())
+    with pytest.raises(ValueError, match=r"losses by number, '0.balance.weight', as version 0.5"):
+        losses.load_state_dict({"0.balance.weight": torch.tensor(1.0)})
+    kept = losses.state_dict()
+    half = copy.deepcopy(model).half()
+    assert all(value.dtype == kept[name].dtype for name, value in half.ranking_loss.state_dict().items())
+    assert model.ranking_loss is losses
+    again = use_ranking_loss(model, "ap")
+    assert model.ranking_loss is again
+    remove_ranking_loss(model)
+    assert not hasattr(model, "ranking_loss")
 
 
 def test_what_cannot_be_ranked_is_refused() -> None:

@@ -1,8 +1,9 @@
 """What all criteria of DETR-like detectors share: outputs with a name each, whose matched queries are ranked.
 
 A criterion is any object that scores one output after the other, by methods ``loss_labels*`` and ``loss_boxes`` of
-``(outputs, targets, indices, num_boxes, ...)``. Outputs have ``pred_logits`` (transformers: ``logits``) ``(B, Q, C)`` and
-``pred_boxes`` ``(B, Q, 4)``, targets ``labels`` (transformers: ``class_labels``) and ``boxes``; boxes are cx, cy, w, h.
+``(outputs, targets, indices, num_boxes, ...)``. Outputs have ``pred_logits`` (transformers: ``logits``) ``(B, Q, C)``
+and ``pred_boxes`` ``(B, Q, 4)``, targets ``labels`` (transformers: ``class_labels``) and ``boxes``; boxes are cx, cy,
+w, h, in units of the image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,9 @@ class QueryLosses(DetectorLoss):
         super().set_period(period)
         self.arguments["period"] = period
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
         for key in state_dict:
             name, _, rest = key.removeprefix(prefix).partition(".")
             if key.startswith(prefix) and rest.startswith("balance."):
@@ -63,7 +66,7 @@ class QueryLosses(DetectorLoss):
                         f"as {', '.join(map(repr, list(self)[:3]))}: rename its keys, or begin with a new state"
                     )
                 self.of(name)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def ranked(

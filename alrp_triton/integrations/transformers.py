@@ -158,9 +158,9 @@ def remove_ranking_loss(model: PreTrainedModel) -> None:
 def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
     """Gives the losses of a model the state that ``save_pretrained``, or ``Trainer``, has stored with it.
 
-    ``from_pretrained`` makes a model with a loss of its own and leaves the state of the ranking loss out, which it says.
-    To go on from there: ``from_pretrained``, :func:`use_ranking_loss`, and this. ``Trainer`` does it by itself on
-    ``resume_from_checkpoint``.
+    ``from_pretrained`` makes a model that has the loss of transformers, and leaves the state of the ranking loss out,
+    which its report says. To go on from there: ``from_pretrained``, :func:`use_ranking_loss`, and this. ``Trainer``
+    does it by itself on ``resume_from_checkpoint``.
 
     Args:
         model: with a ranking loss.
@@ -235,7 +235,7 @@ class _Ranking(Ranking):
     """How many queries are there for denoising, and how many others behind them."""
 
     def forward(self, outputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # transformers before 5.20 (DEIMv2 without auxiliary losses: in all versions) matches and scores those of
+        # transformers before 5.18 (DEIMv2 without auxiliary losses: in all versions) matches and scores those of
         # denoising as if they were detections.
         if self.split is not None and outputs["logits"].shape[1] == sum(self.split):
             detections = {name: outputs[name][:, self.split[0] :] for name in ("logits", "pred_boxes")}

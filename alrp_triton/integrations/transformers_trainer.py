@@ -30,8 +30,9 @@ class RankingLossCallback(TrainerCallback):
 
     - Sets a ``period`` that is ``"later"``: an epoch in the steps of the training's loader. Each forward pass is a step
       of the self-balancing, whatever ``gradient_accumulation_steps``.
-    - Adds the model's ``loss_dict`` to each log of training, ``loss_vfl``, ``loss_giou_aux_0`` and so on, means since the
-      log before (of RT-DETR, D-FINE and DEIMv2 their sum is ``loss``, with others a part is not weighted yet); and of each ranking the mean of :class:`HeadLoss`'s ``box_weight`` and
+    - Adds the entries of the model's ``loss_dict`` to each log of training, ``loss_vfl``, ``loss_giou_aux_0`` and so
+      on, their means since the log before. Of RT-DETR, D-FINE and DEIMv2 they are weighted, and their sum is ``loss``;
+      other models weigh them later. And of each ranking the mean of :class:`HeadLoss`'s ``box_weight`` and
       ``box_error``: ``box_weight_last``, ``box_error_encoder``. Of several processes they are those of the first. The
       host waits for them when there is a log, and in no other step.
     - Warns (UserWarning) of ``max_grad_norm``, which is 1.0 by default.
