@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 pytest.importorskip("torchvision.ops", reason="the integrations need torchvision", exc_type=ImportError)
+pytest.importorskip("scipy", reason="queries are matched by scipy", exc_type=ImportError)
 
+from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
