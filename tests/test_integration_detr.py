@@ -113,6 +113,12 @@ class LikeRTDetr(Criterion):
 class LikeDFine(Criterion):
     """Boxes are trained with the pairs of all layers, classes with those of their own; ``pre_outputs`` come third."""
 
+    def get_loss(
+        self, loss: str, outputs: Output, targets: Any, indices: Pairs, num_boxes: Any, **kwargs: Any
+    ) -> Output:
+        kwargs = {"vfl": {"values": torch.ones(1)}, "boxes": {"boxes_weight": torch.ones(1)}}[loss]
+        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)
+
     def forward(self, outputs: Output, targets: Any, **kwargs: Any) -> Output:
         layers = [("", outputs)]
         layers += [(f"_aux_{number}", each) for number, each in enumerate(outputs["aux_outputs"])]
@@ -231,6 +237,27 @@ def test_each_output_is_a_ranking_of_its_own(loss: Any, kind: str, order: Any) -
     assert criterion.weight_dict["loss_giou"] == 3.0
     assert not {"forward", "loss_boxes", "loss_labels_vfl"} & set(vars(criterion))
     remove_ranking_loss(criterion)
+
+
+def test_outputs_have_names_wherever_they_are() -> None:
+    """Inside of others, as DINO has its denoising; made anew by the criterion, where no name is known; outside of it."""
+
+    class Elsewhere(Criterion):
+        def forward(self, outputs: Output, targets: Any) -> Output:
+            values = self.weighted("", dict(outputs), targets, match(outputs, targets))
+            inside = outputs["dn_meta"]["known"]
+            for number, each in enumerate([inside, *inside["aux_outputs"]]):
+                values |= self.weighted(f"_dn_{number}", each, targets, match(each, targets))
+            anew = {key: value[:, 2:] for key, value in outputs.items() if key.startswith("pred")}
+            return values | self.weighted("_anew", anew, targets, match(anew, targets))
+
+    criterion = Elsewhere()
+    losses = use_ranking_loss(criterion, "ap", backend="torch")
+    criterion({**output(0), "dn_meta": {"known": {**output(1), "aux_outputs": [output(2)]}}}, TARGETS)
+    assert list(losses) == ["last", "denoising_meta_known", "denoising_meta_known_auxiliary_0", "other_3"]
+    use_ranking_loss(criterion, "ap", backend="torch")
+    found = criterion.get_loss("vfl", output(0), TARGETS, match(output(0), TARGETS), 1.0)
+    assert_near(found["loss_vfl"], by_hand("ap", output(0), match(output(0), TARGETS))[0], 1e-6)
 
 
 def test_state_goes_with_the_criterion() -> None:

@@ -167,8 +167,8 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
         folder: that it was saved in, with its ``*.safetensors``.
 
     Raises:
-        ValueError: the model has no ranking loss. FileNotFoundError: no such files. RuntimeError: no state in them, or
-            that of another kind of loss. The state of the losses is then as before.
+        ValueError: the model has no ranking loss; there is no state in the files, or that of another kind of loss.
+            FileNotFoundError: no such files. The state of the losses is then as before.
     """
     current: Any = model.loss_function
     if not isinstance(current, RankingLossFunction):
@@ -183,7 +183,12 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
         with safe_open(file, framework="pt") as stored:
             keys = [key for key in stored.keys() if key.startswith(f"{_STATE}.")]  # noqa: SIM118
             state |= {key.removeprefix(f"{_STATE}."): stored.get_tensor(key) for key in keys}
-    copy.deepcopy(current.losses).load_state_dict(state)
+    missing = sorted(current.losses.state_dict().keys() - state.keys())
+    if missing:
+        raise ValueError(
+            f"folder must have the state of a ranking loss as this model has it; {folder} has {len(state)} of its "
+            f"values, and lacks {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}"
+        )
     current.losses.load_state_dict(state)
 
 
