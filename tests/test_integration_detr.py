@@ -283,6 +283,15 @@ def test_state_goes_with_the_criterion() -> None:
             for name, value in criterion.state_dict().items()
             if "ranking_loss" in name
         )
+    unseen = use_ranking_loss(fresh, period=2, backend="torch")
+    with torch.inference_mode():  # Lightning validates before it trains
+        fresh.eval()(rt_detr_outputs(), TARGETS)
+    fresh.train()(rt_detr_outputs(), TARGETS)
+    assert all(each.balance is not None and each.balance.steps == 1 for each in unseen.values())
+    later = use_ranking_loss(fresh, period="later", backend="torch")
+    later.set_period(7)
+    fresh(rt_detr_outputs(), TARGETS)
+    assert {each.period for each in later.values()} == {7}
     before = copy.deepcopy(criterion.state_dict())
     criterion.eval()(rt_detr_outputs(), TARGETS)  # a validation loss
     assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())

@@ -1,6 +1,7 @@
 """Ranking losses in transformers: against the oracle with their own matching, in tiny models of random weights."""
 
 import copy
+import gc
 import pickle
 from typing import Any, cast
 
@@ -226,6 +227,19 @@ def test_deimv2_without_auxiliary_losses_leaves_denoising_out(monkeypatch: pytes
     use_ranking_loss(model, period=100, backend="torch")
     run(model).loss.backward()
     assert seen == [(len(LABELS), QUERIES, CLASSES)]
+
+
+def test_nothing_is_left_of_a_step() -> None:
+    """Without the garbage collector: a criterion, which may hold tensors, is gone as it is without a ranking loss."""
+    model = build("DFine")
+    use_ranking_loss(model, period=100, backend="torch")
+    gc.collect()
+    gc.disable()
+    try:
+        run(model)
+        assert not [each for each in gc.get_objects() if issubclass(type(each), RTDetrLoss)]
+    finally:
+        gc.enable()
 
 
 def test_losses_have_names() -> None:

@@ -137,13 +137,25 @@ def test_a_saved_model_detects_as_before_and_goes_on(tmp_path: Path) -> None:
 def test_logs_have_the_parts(tmp_path: Path, accumulated: int) -> None:
     model, report, calls = build("RTDetr"), Report(), list[dict[str, Tensor]]()
     losses = use_ranking_loss(model, period="later")
-    model.register_forward_hook(lambda _module, _inputs, out: calls.append(dict(out.loss_dict)))  # pyright: ignore
-    common = {"gradient_accumulation_steps": accumulated, "logging_steps": 2, "eval_strategy": "no"}
+
+    def hook(module: Any, inputs: Any, out: Any) -> None:
+        if module.training:
+            calls.append(dict(out.loss_dict))
+
+    model.register_forward_hook(hook)
+    common = {
+        "gradient_accumulation_steps": accumulated,
+        "logging_steps": 2,
+        "eval_steps": 1,
+        "prediction_loss_only": True,
+        "eval_strategy": "steps",
+    }
     arguments = hf.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=BATCH, num_train_epochs=2, use_cpu=True, report_to=[], max_grad_norm=0,
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True, **common,
     )  # fmt: skip
-    trainer = hf.Trainer(model, arguments, train_dataset=Pictures(), data_collator=collate, callbacks=[report])
+    sets = {"train_dataset": Pictures(), "eval_dataset": Pictures()}
+    trainer = hf.Trainer(model, arguments, **sets, data_collator=collate, callbacks=[report])
     RankingLossCallback.add_to(trainer)
     trainer.train()
     assert all(each.period == IMAGES // BATCH for each in losses.values())

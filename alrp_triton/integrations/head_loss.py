@@ -263,7 +263,8 @@ class HeadLoss(nn.Module):
     def _weighted(self, classification: Tensor, box: Tensor) -> HeadLosses:
         if self.balance is not None:
             if self.balance.weight.device != classification.device:
-                self.balance.to(classification.device)
+                with torch.inference_mode(False):  # else no later step may change it
+                    self.balance.to(classification.device)
             self.balance.train(self.training and torch.is_grad_enabled())
             weighted = self.balance(classification, box)
             self.box_weight = self.balance.weight.clone()

@@ -47,7 +47,8 @@ class QueryLosses(DetectorLoss):
     def of(self, name: str) -> HeadLoss:
         """The loss of an output, a new one at the first time."""
         if name not in self:
-            self[name] = HeadLoss(**self.arguments).train(self.training)
+            with torch.inference_mode(False):  # it may be in a validation, whose tensors no later step may change
+                self[name] = HeadLoss(**self.arguments).train(self.training)
         return self[name]
 
     def set_period(self, period: Period) -> None:
