@@ -39,16 +39,21 @@ class LogRankingLoss(Callback):
         self._watching: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses = {name: part for name, part in pl_module.named_modules() if isinstance(part, HeadLoss)}
+        self._find(pl_module)
         if not self._losses:
             raise ValueError(
                 f"{type(pl_module).__name__} has no ranking loss among its submodules: assign what use_ranking_loss "
                 "returns to an attribute"
             )
 
+    def _find(self, pl_module: LightningModule) -> None:
+        """Losses of a DETR's outputs are made in its first steps."""
+        self._losses = {name: part for name, part in pl_module.named_modules() if isinstance(part, HeadLoss)}
+
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._balance.clear()
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # as Lightning counts
+            self._find(pl_module)
             self._watching = [loss.register_forward_pre_hook(self._watch(name)) for name, loss in self._losses.items()]
 
     def _watch(self, name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balance import Period
+from ..distributed import ProcessGroup
 from .box_errors import Boxes, at_least_float32
 from .head_loss import DetectorLoss, HeadLoss, HeadLosses
 
@@ -54,6 +55,10 @@ class QueryLosses(DetectorLoss):
     def set_period(self, period: Period) -> None:
         super().set_period(period)
         self.arguments["period"] = period
+
+    def set_process_group(self, process_group: ProcessGroup | None) -> None:
+        super().set_process_group(process_group)
+        self.arguments["process_group"] = process_group
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any
