@@ -16,7 +16,7 @@ from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .gpu import results
 from .gpu import tables as gpu_tables
 from .problems import HEADLINE
-from .run import ROOT
+from .run import RESULTS, ROOT
 from .tables import commit, number, table
 from .timing import Row, exponents
 
@@ -142,11 +142,37 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _short() -> str:
+    """The named cases on a CPU and on each GPU, in milliseconds: this package, focal loss, the loop."""
+    cpu = json.loads((RESULTS / "cpu.json").read_text())
+    rows = rows_of(cpu, "cases")
+    columns = {f"{cpu['run']['cores']} CPU cores": {(row.case, row.contender): row.p50_ms for row in rows}}
+    for report in map(results.load, results.newest()):
+        columns[report["run"]["device"]] = {
+            (row["case"], row["contender"]): row["device_ms"][1]
+            for row in gpu_tables.rows_of(report, "cases")
+            if "device_ms" in row
+        }
+    names = {"here": ("numba", "auto"), "focal": (FOCAL,), "loop": (LOOP,)}
+    lines = [
+        [case, f"{logits:,}"]
+        + [
+            number(next((times[case, one] for one in contenders if (case, one) in times), None))
+            for times in columns.values()
+            for contenders in names.values()
+        ]
+        for case, logits in {row.case: row.anchors for row in rows}.items()
+    ]
+    return table(["ms a step", "logits", *(f"{device}: {name}" for device in columns for name in names)], lines)
+
+
 def fill(text: str) -> str:
     """A page with all of its blocks made again."""
 
     def block(found: re.Match[str]) -> str:
-        if found[2] == "gpu":
+        if found[3] == "short":
+            text = _short()
+        elif found[2] == "gpu":
             text = gpu_tables.render(found[3])
         else:
             text = render(json.loads((ROOT / found[2]).read_text()), found[3])
