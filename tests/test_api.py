@@ -91,6 +91,8 @@ def test_layers_import_one_way() -> None:
             "detr",
             "transformers",
             "transformers_trainer",
+            "ultralytics_criterion",
+            "ultralytics",
         ],
         "trainer": [
             "errors",
