@@ -28,10 +28,10 @@ demo: .venv/.demo  ## Write scenes of handwritten digits in COCO format, train a
 	$(RUN) -m examples.digits demo/data
 	$(RUN) -m alrp_triton.trainer fit --data.root demo/data --out demo $(DIGITS) $(BUDGET) --evaluate_first --goal 0.7
 
-test: .venv/.dev .venv/.mmdet  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
+test: .venv/.dev .venv/.detectors  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
 	$(RUN) -m pytest $(WORKERS) $(PYTEST)
 
-coverage: .venv/.dev .venv/.mmdet  ## The same, slower, and which lines of the package it runs
+coverage: .venv/.dev .venv/.detectors  ## The same, slower, and which lines of the package it runs
 	$(RUN) -m pytest --cov --cov-report=term $(WORKERS) $(PYTEST)
 
 # Triton's interpreter is slow, and does all of it with one torch only; with others the cases that have caught most.
@@ -102,10 +102,11 @@ clean:  ## Remove all that was made here
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# mmdet asks for mmcv with compiled operators, and for an OpenCV with windows. Its heads train without either.
-.venv/.mmdet: .venv/.dev
-	$(RUN) $(PIP) --no-deps mmdet==3.3.0 mmengine==0.10.7 mmcv-lite==2.1.0
-	$(RUN) $(PIP) addict opencv-python-headless pyyaml rich shapely six termcolor terminaltables yapf
+# Libraries of detectors that pip cannot install beside ours. mmdet asks for mmcv with compiled operators, and it and
+# ultralytics for an OpenCV with windows: they train without. Without ultralytics-thop a model's FLOPs are not counted.
+.venv/.detectors: .venv/.dev
+	$(RUN) $(PIP) --no-deps mmdet==3.3.0 mmengine==0.10.7 mmcv-lite==2.1.0 ultralytics==8.4.190
+	$(RUN) $(PIP) addict opencv-python-headless polars psutil pyyaml requests rich shapely six termcolor terminaltables yapf
 	$(RUN) -c "import yapf"  # leaves its grammar in a cache, of which tests in two processes would read what is half written
 	@touch $@
 

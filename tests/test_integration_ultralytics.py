@@ -230,6 +230,35 @@ def test_removed_it_is_theirs_bit_for_bit() -> None:
     assert torch.equal(model.criterion(outputs, batch)[0], plain)
 
 
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_scores_of_an_untrained_head_are_raised(name: str) -> None:
+    def biases(model: Any) -> list[list[Tensor]]:
+        heads = [getattr(model.model[-1], each, None) for each in ("cv3", "one2one_cv3")]
+        return [[level[-1].bias.detach().clone() for level in head] for head in heads if head is not None]
+
+    model, batch = build(name), batch_of()
+    before = biases(model)
+    use_ranking_loss(model, prior=None, backend="torch")
+    low = model(batch)[1]
+    assert_near(torch.stack(biases(model)[0]), torch.stack(before[0]), 0.0)
+    model = build(name)
+    use_ranking_loss(model, prior=0.2, backend="torch")
+    after = biases(model)
+    assert len(after) == (2 if name == "yolo26n" else 1)
+    for old, new in zip(before, after, strict=True):
+        assert max(float(level.max()) for level in new) == pytest.approx(math.log(0.2 / 0.8), rel=1e-6)
+        lifts = torch.stack(new) - torch.stack(old)
+        assert_near(lifts, lifts[0, 0].expand_as(lifts), 1e-6)  # all levels alike
+    assert_near(model(batch)[1]["cls_loss"], low["cls_loss"], 0.02)  # but for the assigner the ranking is the same
+    use_ranking_loss(model, backend="torch")  # lower: is left
+    assert_near(torch.stack(biases(model)[0]), torch.stack(after[0]), 0.0)
+    with torch.no_grad():
+        model.model[-1].cv3[0][-1].bias[0] -= 7  # trained
+    trained = biases(model)
+    use_ranking_loss(model, prior=0.9, backend="torch")
+    assert_near(torch.stack(biases(model)[0]), torch.stack(trained[0]), 0.0)
+
+
 def extras(kind: str) -> dict[str, Tensor]:
     torch.manual_seed(3)
     if kind == "SegmentationModel":
@@ -291,6 +320,9 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         use_ranking_loss(model, "alrp")
     with pytest.raises(ValueError, match="box_weight is for loss 'alrp', box losses of 'rank_sort'"):
         use_ranking_loss(model, box_weight=1.0)
+    for prior in (0.0, 1.0):
+        with pytest.raises(ValueError, match="prior must be"):
+            use_ranking_loss(model, prior=prior)
     with pytest.raises(ValueError, match="loss must be"):
         use_ranking_loss(model, cast("Any", "bce"))
     with pytest.raises(TypeError, match=r"must be a YOLO of Ultralytics, or its model, .* got Linear"):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.compare import assert_near
-from tests.processes import run_together
+from tests.processes import ROOT, TORCHRUN, run_together
 from tests.ultralytics_models import CLASSES, GAIN, SIDE
 
 # Imported there first, with settings.
@@ -137,10 +137,18 @@ def test_a_training_its_checkpoints_and_its_resume(data: Path, tmp_path: Path) -
         assert_near(value, seen["epochs"][-1][key], 0.1 if key.endswith("weight") else 0.0, key)
     assert after["criteria"][0][0].updates == 3
 
+    plain = YOLO("yolo26n.yaml")  # a warm start: cross entropy, and then a ranking
+    plain.train(**settings(data, tmp_path, name="plain", epochs=2, save_period=1))
     other = YOLO(on_the_way)
     use_ranking_loss(other, "rank_sort")
     with pytest.raises(ValueError, match=r"loss of the checkpoint is 'alrp' with .* and that of this run 'rank_sort'"):
         other.train(resume=True, device="cpu")
+
+    other = YOLO(tmp_path / "plain" / "weights" / "epoch0.pt")
+    again = use_ranking_loss(other, "alrp", initial_weight=20.0, backend="torch")
+    after = watched(other, again)
+    other.train(resume=True, device="cpu")
+    assert {float(after["start"][0][f"{name}.balance.weight"]) for name in again} == {20.0}
 
     # A new run of the same YOLO, from its weights; then one without.
     yolo.train(**settings(data, tmp_path, epochs=1))
@@ -213,3 +221,25 @@ def test_what_is_shipped_does_not_see_it(tmp_path: Path, monkeypatch: pytest.Mon
     with torch.no_grad():
         assert_near(copy.deepcopy(inner).fuse(verbose=False)(pixels)[0], said, 1e-4)
     assert ranking_loss_of(inner)
+
+
+def test_two_processes_rank_together() -> None:
+    (done,) = run_together([*TORCHRUN, "-m", "tests.ultralytics_processes"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ranked together") == 2
+
+
+def test_the_example_of_the_docs_runs(data: Path, tmp_path: Path) -> None:
+    section = (ROOT / "docs" / "integrations.md").read_text().split("\n## Ultralytics\n")[1]
+    code = section.split("```py\n")[1].split("```")[0]
+    small = settings(data, tmp_path, epochs=1)
+    del small["data"]
+    for ours, toy in (('"coco8.yaml"', repr(str(data))), ("epochs=100, imgsz=640", "**small")):
+        assert ours in code
+        code = code.replace(ours, toy)
+    names: dict[str, Any] = {"small": small}
+    exec(code, names)
+    losses, trained = names["loss"], names["model"].trainer.model
+    assert list(ultralytics_criterion.losses_in(trained.criterion).values()) == list(losses.values())
+    greatest = max(float(level[-1].bias.detach().max()) for level in trained.model[-1].cv3)
+    assert greatest == pytest.approx(math.log(0.01 / 0.99), abs=0.1)  # after three steps

@@ -19,10 +19,11 @@ from torch import nn
 
 from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
+from ..checks import check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .head_loss import DetectorLoss, HeadLoss, Loss
-from .ultralytics_criterion import BRANCHES, HEAD, NEEDS, losses_in, put_in, take_out
+from .ultralytics_criterion import BRANCHES, HEAD, NEEDS, losses_in, put_in, raise_scores, take_out
 
 try:
     from ultralytics.engine.model import Model
@@ -31,6 +32,8 @@ try:
     from ultralytics.utils.torch_utils import unwrap_model
 except ImportError as missing:
     raise ImportError(NEEDS) from missing
+
+PRIOR = 0.01  # published, of RetinaNet
 
 
 def use_ranking_loss(
@@ -42,6 +45,7 @@ def use_ranking_loss(
     tau: float = TAU,
     box_weight: float | None = None,
     delta: float | None = None,
+    prior: float | None = PRIOR,
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
@@ -77,6 +81,10 @@ def use_ranking_loss(
         tau: see :class:`HeadLoss`.
         box_weight: of aLRP's localisation part, a constant instead of self-balancing; for ``"alrp"`` alone.
         delta: see :class:`HeadLoss`.
+        prior: the greatest score that an untrained head begins with; published: 0.01. A ranking leaves the level of
+            scores where it is, and those of an untrained YOLO are so low that its validation, which looks at none
+            below 0.001, would find nothing to the end. So the biases of all classes and levels are raised by one
+            number, which no ranking sees. Scores of a head that has been trained are left alone. None: all are.
         process_group: see :class:`HeadLoss`. Of a ``YOLO`` None or ``"world"``, for its trainer makes the processes. A
             validation loss is ranked in each process alone.
         gradient_reduction: see :class:`HeadLoss`.
@@ -101,6 +109,8 @@ def use_ranking_loss(
         raise ValueError(
             f"process_group of a YOLO must be None or 'world', for its trainer makes the processes; got {process_group}"
         )
+    if prior is not None:
+        prior = check_number("prior", prior, 1e-9, 1.0, high_open=True)
     of_trainer = trained and period is None
 
     def head_loss() -> HeadLoss:
@@ -121,9 +131,10 @@ def use_ranking_loss(
     losses = DetectorLoss({name: head_loss() for name in (BRANCHES if two else (HEAD,))})
     if trained:
         remove_ranking_loss(model)
-        _Run(losses, of_trainer).put_in(model)
+        _Run(losses, of_trainer, prior).put_in(model)
     else:
         _rank(inner, losses)
+        raise_scores(inner.model[-1], prior)
     return losses
 
 
@@ -193,8 +204,8 @@ class _Run:
     resume and where the trainer goes back to its last checkpoint after NaN, and stripped with it."""
     events = ("on_train_start", "on_train_epoch_start", "on_train_epoch_end")
 
-    def __init__(self, losses: DetectorLoss, period_of_trainer: bool) -> None:
-        self.losses, self.period_of_trainer = losses, period_of_trainer
+    def __init__(self, losses: DetectorLoss, period_of_trainer: bool, prior: float | None) -> None:
+        self.losses, self.period_of_trainer, self.prior = losses, period_of_trainer, prior
         self.empty = self._state()
 
     def put_in(self, model: Any) -> None:
@@ -209,7 +220,8 @@ class _Run:
             LOGGER.warning("The checkpoint has no state of a ranking loss, whose balance begins anew.")
         group.setdefault(self.key, self.empty)
         self._load(trainer)
-        self._rank(trainer)
+        for model in self._models(trainer):
+            raise_scores(model.model[-1], self.prior)
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         self._rank(trainer)  # after NaN the average is a new one
@@ -221,12 +233,14 @@ class _Run:
         trainer.optimizer.param_groups[0][self.key] = self._state()
 
     def _rank(self, trainer: Any) -> None:
-        models: list[Any] = [unwrap_model(trainer.model)]
-        if trainer.ema is not None:
-            models.append(trainer.ema.ema)
-        for model in models:
+        for model in self._models(trainer):
             if list(ranking_loss_of(model).values()) != list(self.losses.values()):
-                _rank(_detector(model, next(iter(self.losses.values())).loss), self.losses)
+                _rank(model, self.losses)
+
+    def _models(self, trainer: Any) -> list[Any]:
+        """The model and its average, as far as it is in this process."""
+        models = [unwrap_model(trainer.model)] + ([] if trainer.ema is None else [trainer.ema.ema])
+        return [_detector(model, next(iter(self.losses.values())).loss) for model in models]
 
     def _state(self) -> dict[str, Any]:
         kind = next(iter(self.losses.values())).loss

@@ -7,6 +7,7 @@ it asks for its assigner, its loss of classes and its loss of boxes, it finds on
 """
 
 import copy
+import math
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Ranking:
         """0-d, of logits ``(B, A, C)``: all images and levels are one ranking."""
         assert self.assigned is not None
         points, labels, boxes, scores, positive = self.assigned
+        positive = positive.bool()  # of older versions it is a number where no image has an object
         with self._of_this_step():
             if isinstance(self.head_loss.criterion, RankSortLoss):
                 grades = scores.detach().amax(-1)
@@ -201,3 +203,20 @@ def take_out(criterion: Any) -> None:
 def losses_in(criterion: Any) -> dict[str, HeadLoss]:
     """The losses by the name of their branch; empty where there are none."""
     return {name: each.ranking.head_loss for name, each in parts_of(criterion).items() if isinstance(each, _Ranked)}
+
+
+@torch.no_grad()
+def raise_scores(head: Any, prior: float | None) -> None:
+    """Raises the logits of all classes and levels of a branch by one number, so that the greatest bias is ``prior``.
+
+    Where the classes of a level differ, the head has been trained, and is left alone; so is one that is as high.
+    """
+    if prior is None:
+        return
+    for branch in BRANCHES:
+        scores = getattr(head, "cv3" if branch == "one2many" else "one2one_cv3", None)
+        biases = [] if scores is None else [level[-1].bias[: head.nc] for level in scores]
+        if biases and all((bias == bias[0]).all() for bias in biases):
+            lift = math.log(prior / (1 - prior)) - max(float(bias[0]) for bias in biases)
+            for bias in biases:
+                bias += max(lift, 0.0)
