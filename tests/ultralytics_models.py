@@ -17,13 +17,21 @@ from tests.compare import assert_near
 pytest.importorskip("torchvision.ops", reason="the integrations need torchvision", exc_type=ImportError)
 # Before it is imported: it keeps settings and counts in a folder, looks for newer versions and installs what it misses.
 _FOLDER = tempfile.TemporaryDirectory()
+_SAID = np.get_printoptions()
 os.environ.update(YOLO_CONFIG_DIR=_FOLDER.name, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+_GIVEN = set(os.environ)
 pytest.importorskip("ultralytics", reason="ultralytics is a user's, not the package's", exc_type=ImportError)
 
 from ultralytics.cfg import get_cfg  # noqa: E402
 from ultralytics.nn import tasks  # noqa: E402
 
 from alrp_triton.integrations import ultralytics_criterion  # noqa: E402
+
+# What it sets for all that is imported beside it, and for processes that are started: one thread, and how numbers print.
+for _name in set(os.environ) - _GIVEN:
+    del os.environ[_name]
+np.set_printoptions(**_SAID)
+torch.set_printoptions(profile="default")
 
 CLASSES, SIDE, GAIN = 3, 64, 0.5
 LEVELS = [(8, 8), (4, 4), (2, 2)]

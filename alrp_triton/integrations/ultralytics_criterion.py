@@ -209,14 +209,17 @@ def losses_in(criterion: Any) -> dict[str, HeadLoss]:
 def raise_scores(head: Any, prior: float | None) -> None:
     """Raises the logits of all classes and levels of a branch by one number, so that the greatest bias is ``prior``.
 
-    Where the classes of a level differ, the head has been trained, and is left alone; so is one that is as high.
+    Where biases are not those of a new head, which follow from the strides but for one number, it has been trained, and
+    is left alone; so is one that is as high.
     """
     if prior is None:
         return
     for branch in BRANCHES:
         scores = getattr(head, "cv3" if branch == "one2many" else "one2one_cv3", None)
         biases = [] if scores is None else [level[-1].bias[: head.nc] for level in scores]
-        if biases and all((bias == bias[0]).all() for bias in biases):
-            lift = math.log(prior / (1 - prior)) - max(float(bias[0]) for bias in biases)
+        strides = [2 * math.log(stride) for stride in head.stride.tolist()]
+        apart = [bias - stride for bias, stride in zip(biases, strides, strict=bool(biases))]
+        if apart and float(torch.cat(apart).max() - torch.cat(apart).min()) < 1e-4:
+            lift = math.log(prior / (1 - prior)) - float(torch.cat(biases).max())
             for bias in biases:
                 bias += max(lift, 0.0)
