@@ -1,7 +1,8 @@
 # pyright: reportMissingImports=false
 """Train a small YOLO of Ultralytics with its own loss and with ranking losses, on scenes of handwritten digits.
 
-``python -m examples.yolo runs`` takes the settings that it is asked for one after the other; AP is Ultralytics' own.
+``python -m examples.yolo runs`` takes the settings that it is asked for one after the other, and adds what it finds to
+``runs/results.json``. AP is Ultralytics' own.
 """
 
 import argparse
@@ -18,7 +19,14 @@ import torch
 from alrp_triton.integrations.head_loss import Loss
 from examples.digits import NUM_CLASSES, SCENE_SIZE, write
 
-LEAST_CONFIDENCE = 0.001
+LEAST_CONFIDENCE = 0.001  # of a detection: that of Ultralytics, in training too
+
+SETTINGS = [
+    "yolo11n:bce:0.5", "yolo11n:rank_sort:0.5", "yolo11n:rank_sort:2", "yolo11n:rank_sort:4", "yolo11n:rank_sort:8",
+    "yolo11n:alrp:2", "yolo11n:alrp:8", "yolo26n:bce:0.5", "yolo26n:rank_sort:4", "yolo26n:alrp:2",
+]  # fmt: skip
+VALIDATED = 4
+"""Scenes at once. The fewer, the longer non-maximum suppression may take for each before it leaves some out, unsaid."""
 
 
 def write_labels(folder: Path) -> Path:
@@ -60,7 +68,7 @@ def train(setting: str, data: Path, folder: Path, steps: int, batch: int, seed: 
     )  # fmt: skip
     seconds = time.perf_counter() - began
     results = yolo.val(
-        data=str(data), imgsz=SCENE_SIZE, batch=64, workers=0, plots=False, conf=LEAST_CONFIDENCE, verbose=False,
+        data=str(data), imgsz=SCENE_SIZE, batch=VALIDATED, workers=0, plots=False, conf=LEAST_CONFIDENCE, verbose=False,
         project=str(folder), name="val", exist_ok=True,
     )  # fmt: skip
     rows = (folder / f"{name}_{loss}_{cls}_{seed}" / "results.csv").read_text().splitlines()
@@ -70,14 +78,28 @@ def train(setting: str, data: Path, folder: Path, steps: int, batch: int, seed: 
     return {"setting": setting, "seed": seed, **found, "epochs": epochs, "seconds": round(seconds, 1), "losses": logged}
 
 
+def table(found: dict[str, Any]) -> str:
+    """The results in Markdown, one line a training."""
+    lines = [
+        "| model | loss | `cls` | seed | AP | AP50 | `box_loss` | `cls_loss` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        name, loss, cls = run["setting"].split(":")
+        box, classes = (run["losses"][f"train/{each}_loss"] for each in ("box", "cls"))
+        ap = f"{100 * run['AP']:.1f} | {100 * run['AP50']:.1f}"
+        lines.append(f"| {name} | `{loss}` | {cls} | {run['seed']} | {ap} | {box:.2f} | {classes:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write the scenes, if they are not there; train; add to the results."""
     parser = argparse.ArgumentParser(prog="python -m examples.yolo", description=__doc__)
     parser.add_argument("folder", type=Path, help="of scenes, runs and results")
-    parser.add_argument("settings", nargs="*", default=["yolo11n:bce:0.5", "yolo11n:rank_sort:0.5", "yolo11n:alrp:0.5"])
+    parser.add_argument("settings", nargs="*", default=SETTINGS)
     parser.add_argument("--train", type=int, default=800, help="scenes to train on (default %(default)s)")
     parser.add_argument("--val", type=int, default=200, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of training (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="scenes a step (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of trainings (default %(default)s)")
     options = parser.parse_args()
@@ -96,7 +118,7 @@ def main() -> None:
         for setting in options.settings:
             found["runs"].append(train(setting, data, options.folder / "runs", options.steps, options.batch, seed))
             path.write_text(json.dumps(found, indent=1) + "\n")
-            print(found["runs"][-1])
+    print(table(found))
 
 
 if __name__ == "__main__":

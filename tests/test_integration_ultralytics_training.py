@@ -3,6 +3,7 @@
 
 import copy
 import csv
+import json
 import math
 import pickle
 import zipfile
@@ -243,3 +244,11 @@ def test_the_example_of_the_docs_runs(data: Path, tmp_path: Path) -> None:
     assert list(ultralytics_criterion.losses_in(trained.criterion).values()) == list(losses.values())
     greatest = max(float(level[-1].bias.detach().max()) for level in trained.model[-1].cv3)
     assert greatest == pytest.approx(math.log(0.01 / 0.99), abs=0.1)  # after three steps
+
+
+def test_the_table_of_the_docs_is_that_of_its_results() -> None:
+    pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
+    from examples.yolo import table
+
+    page, results = ((ROOT / name).read_text() for name in ("docs/integrations.md", "examples/yolo.json"))
+    assert page.split("<!-- examples/yolo.json -->\n")[1].split("<!-- end -->")[0] == table(json.loads(results))
