@@ -128,9 +128,18 @@ def test_accumulated_gradients(scenes: Path) -> None:
     ("settings", "words"),
     [
         ({"detector": "yolo"}, "detector must be one of retinanet_small, "),
-        ({"loss": "torchvision", "assignment": "atss"}, "assignment, box_weight, box_coder and warm_start need a ranking loss"),
-        ({"loss": "torchvision", "box_weight": 2.0}, "assignment, box_weight, box_coder and warm_start need a ranking loss"),
-        ({"loss": "torchvision", "box_coder": "published"}, "assignment, box_weight, box_coder and warm_start need a ranking loss"),
+        (
+            {"loss": "torchvision", "assignment": "atss"},
+            "assignment, box_weight, box_coder and warm_start need a ranking loss",
+        ),
+        (
+            {"loss": "torchvision", "box_weight": 2.0},
+            "assignment, box_weight, box_coder and warm_start need a ranking loss",
+        ),
+        (
+            {"loss": "torchvision", "box_coder": "published"},
+            "assignment, box_weight, box_coder and warm_start need a ranking loss",
+        ),
         ({"box_loss": "l1"}, "box_loss l1 is of loss torchvision; alrp takes giou or smooth_l1"),
         ({"loss": "torchvision", "box_loss": "smooth_l1"}, "the box loss of retinanet_small is torchvision's"),
         ({"detector": "fcos_resnet50_fpn", "box_coder": "published"}, "box_coder 'published' is for models with"),

@@ -33,7 +33,7 @@ from ..targets import IGNORE_INDEX, check_form, positives_of
 from .box_errors import Boxes as Boxes
 from .box_errors import BoxLoss, box_errors, checked, paired_iou
 from .masks import dice_error
-from .warm_start import WarmStart, check_warm_start
+from .warm_start import WarmStart
 
 Loss = Literal["alrp", "ap", "rank_sort"]
 
@@ -79,8 +79,6 @@ class HeadLoss(nn.Module):
             positives of all; see :func:`alrp_triton.alrp_loss`.
         gradient_reduction: see :func:`alrp_triton.alrp_loss`.
         backend: see :func:`alrp_triton.alrp_loss`.
-        warm_start: steps in which an adapter that knows the library's own loss takes that; over as many more steps the
-            ranking takes over. For a beginning in which no score means anything yet.
 
     Attributes:
         box_weight: 0-d tensor, the weight of the box loss in the last step (NaN before the first); for logs.
@@ -89,6 +87,7 @@ class HeadLoss(nn.Module):
             as boxes improve, where aLRP's localisation part depends on the ranks too.
         period: of ``SelfBalance``, None without one; may be set.
         process_group: may be set, where processes are started later.
+        warm_start: set by an adapter that knows the library's own loss, for :meth:`blended`.
         smooth_l1_beta: where smooth L1 becomes L1; published: 1, on deltas in units of their standard deviation.
 
     Raises:
@@ -116,7 +115,6 @@ class HeadLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         gradient_reduction: GradientReduction = "mean",
         backend: Backend = "auto",
-        warm_start: int = 0,
     ) -> None:
         super().__init__()
         if loss not in get_args(Loss):
@@ -136,9 +134,8 @@ class HeadLoss(nn.Module):
             box_weight = check_number("box_weight", box_weight, 0.0, math.inf)
         check_initial_weight(initial_weight)
         check_gradient_reduction(gradient_reduction)
-        warm_start = check_warm_start(warm_start)
         self.loss: Loss = loss
-        self.warm_start = WarmStart(warm_start) if warm_start else None
+        self.warm_start: WarmStart | None = None
         self.tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
         self.box_loss: BoxLoss = box_loss or _BOX_LOSSES[loss]
         self.constant_weight = 1.0 if box_weight is None and loss == "ap" else box_weight

@@ -28,6 +28,7 @@ from .box_errors import BoxLoss
 from .head_loss import RPN_WEIGHT, TAU_RPN, DetectorLoss, HeadLoss, Loss
 from .torchvision_heads import FCOSHead, Head, RegionProposalNetwork, RetinaNetHead, RoIHeads
 from .torchvision_masks import MaskRoIHeads
+from .warm_start import WarmStart, check_warm_start
 
 try:
     from torchvision.models.detection import FCOS, RetinaNet
@@ -107,7 +108,8 @@ def use_ranking_loss(
         process_group: see :class:`HeadLoss`; with DistributedDataParallel, ``"world"`` ranks what all GPUs have.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
-        warm_start: of RetinaNet and FCOS: steps with torchvision's own losses first, see :class:`HeadLoss`.
+        warm_start: of RetinaNet and FCOS: steps with torchvision's own losses, over as many more the ranking takes
+            over. For a beginning in which no score means anything yet.
 
     Returns:
         The losses, :class:`HeadLoss` by the name of the head: ``"head"``, or ``"rpn"`` and ``"roi_heads"``. Save its
@@ -129,6 +131,7 @@ def use_ranking_loss(
     if box_coder not in get_args(BoxCoding):
         raise ValueError(f"box_coder must be 'model' or 'published', got {box_coder!r}")
     candidates = check_integer("candidates", CANDIDATES if candidates is None else candidates, 1, 2**31)
+    warm_start = check_warm_start(warm_start)
     if warm_start and isinstance(model, GeneralizedRCNN):
         raise ValueError(
             f"warm_start is for RetinaNet and FCOS; the box head of {type(model).__name__} has a softmax without the "
@@ -138,7 +141,7 @@ def use_ranking_loss(
     rpn_weight = check_number("rpn_weight", rpn_weight, 0.0, math.inf)
 
     def head_loss(tau: float) -> HeadLoss:
-        return HeadLoss(
+        made = HeadLoss(
             loss,
             period=period,
             initial_weight=initial_weight,
@@ -149,8 +152,9 @@ def use_ranking_loss(
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             backend=backend,
-            warm_start=warm_start,
         )
+        made.warm_start = WarmStart(warm_start) if warm_start else None
+        return made
 
     heads: list[Head]
     coders: list[Any]
