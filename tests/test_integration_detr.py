@@ -353,9 +353,12 @@ def test_rf_detr_ranks_its_groups_apart(loss: Any, training: bool) -> None:
     assert_near(outputs["pred_logits"].grad, again["pred_logits"].grad, 1e-5, "gradient of logits")
     if loss == "alrp":
         assert_near(outputs["pred_boxes"].grad, again["pred_boxes"].grad, 1e-5, "gradient of boxes")
+    criterion.weight_dict["loss_bbox"] = 7.0  # meanwhile
     remove_ranking_loss(criterion)
     assert numbers(criterion(outputs, TARGETS)) == numbers(theirs)
     assert criterion.weight_dict is weights
+    assert weights["loss_bbox"] == 7
+    assert weights["loss_giou"] == 2
 
 
 def test_rf_detr_may_divide_by_the_number_of_boxes_itself() -> None:

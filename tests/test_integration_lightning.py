@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 pytest.importorskip("torchvision.ops", reason="torchvision is an extra", exc_type=ImportError)
@@ -14,6 +14,7 @@ pytest.importorskip("lightning", reason="lightning is an extra")
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from alrp_triton.integrations.head_loss import Boxes, HeadLoss
 from alrp_triton.integrations.lightning import LogRankingLoss
 from alrp_triton.integrations.torchvision import use_ranking_loss
 from tests.compare import assert_near
@@ -123,6 +124,30 @@ def test_what_is_logged(loss: str, tmp_path: Path) -> None:
     elif loss == "ap":
         assert logged["ranking.head/box_weight"] == 1
     assert part.box_error.isfinite()
+
+
+class Own(LightningModule):
+    """A head of one's own, which names the arguments of its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.rank = nn.Parameter(torch.zeros(6, 2)), HeadLoss("ap", box_loss="giou")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        box = torch.tensor([[0.0, 0, 9, 9]])
+        losses = self.rank(logits=self.logits, targets=torch.tensor([0, 2, 2, 2, 2, 2]), boxes=Boxes(box, box + 1))
+        return losses.classification + losses.box
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_losses_by_name_and_no_logs(tmp_path: Path) -> None:
+    """And ``log_every_n_steps=0``, which is Lightning's word for none."""
+    keep = Keep()
+    trainer(1, tmp_path, keep).fit(Own(), loader())
+    assert keep.logged[-1]["rank/gradient_balance"] == pytest.approx(1, abs=1e-5)
+    trainer(1, tmp_path, every=0).fit(Own(), loader())
 
 
 def halved(gradient: Tensor) -> Tensor:

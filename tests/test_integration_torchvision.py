@@ -21,6 +21,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 
 from alrp_triton.integrations.atss import atss_match
@@ -524,6 +525,13 @@ def test_scripted_and_plain(name: str) -> None:
             other.load_state_dict(plain.state_dict())
             assert torch.equal(other(images)[0]["scores"], found[0]["scores"])
     assert not ranking_loss_of(plain)
+    once_more = copy.deepcopy(plain)
+    use_ranking_loss(once_more, "rank_sort")  # to train it on
+    with torch.no_grad():
+        for put in range(2):
+            for ours, theirs in zip(found, once_more(images), strict=True):
+                assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), put
+            remove_ranking_loss(once_more)
     again = model.train()(*batch())
     assert all(torch.equal(value, again[key]) for key, value in losses.items())
     own = dict(model.named_parameters())
@@ -539,10 +547,10 @@ def test_warm_start(name: str) -> None:
     for other in (ranked, own):
         other.load_state_dict(model.state_dict())
     first, second = own(*batch()), ranked(*batch())
-    for share in (0, 0, 0, 0.5, 1):
+    for share in (0, 0, 1 / 3, 2 / 3, 1):
         with torch.no_grad():
             model(*batch())  # not counted
-        if share == 0.5:
+        if share == 2 / 3:
             state = copy.deepcopy(parts.state_dict())
             parts = use_ranking_loss(model, "rank_sort", warm_start=2)
             parts.load_state_dict(state)
@@ -552,7 +560,25 @@ def test_warm_start(name: str) -> None:
             assert_near(loss, (1 - share) * first[key] + share * second[key], 1e-6)
     torch.stack(list(losses.values())).sum().backward()
     assert parts.state_dict()["head.warm_start.steps"] == 5
+    other = make(name, "rank_sort", period=None, warm_start=2)[0]
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        for key, loss in copied(*batch()).items():
+            assert_near(loss, first[key], 1e-6)
+        assert ranking_loss_of(copied).state_dict()["head.warm_start.steps"] == 1
     assert "warm_start.steps" not in make(name)[1].state_dict()
+
+
+def test_a_part_of_ones_own_has_no_plain_copy() -> None:
+    model, _ = make("faster_rcnn")
+    remove_ranking_loss(model)
+
+    class Mine(RoIHeads):
+        pass
+
+    model.roi_heads.__class__ = Mine
+    use_ranking_loss(model, "rank_sort")
+    with pytest.raises(TypeError, match="model must detect by torchvision's own RoIHeads for a plain copy, got Mine"):
+        plain_copy(model)
 
 
 def test_self_balancing_is_resumed() -> None:

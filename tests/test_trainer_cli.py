@@ -275,6 +275,10 @@ def test_other_categories_are_not_validated(finished: Path, scenes: Path, tmp_pa
     assert "the model has the categories {1: 'cat', 2: 'dog'}, the data {1: 'cat', 2: 'cow'}" in done.error
     state = torch.load(finished / "last.ckpt", weights_only=True) | {"thresholds": {}, "calibration": None}
     torch.save(state, tmp_path / "early.ckpt")
+    settings = {name: value for name, value in state["hyper_parameters"].items() if name != "warm_start"}
+    torch.save(state | {"hyper_parameters": settings}, tmp_path / "older.ckpt")  # of before there was one
+    older = ["--run", tmp_path / "older.ckpt", "--images", scenes, "--accelerator", "cpu", "--out", tmp_path / "o.json"]
+    assert alrp_train("predict", *older).status == 0
     for words in (["--threshold", "optimal"], ["--calibrate"]):
         done = alrp_train("predict", "--run", tmp_path / "early.ckpt", "--images", scenes, *words)
         assert done.status == 2

@@ -128,8 +128,16 @@ def test_a_saved_model_detects_as_before_and_goes_on(tmp_path: Path) -> None:
     remove_ranking_loss(model)
     model.save_pretrained(tmp_path / "without")
     before = plain.state_dict()
-    with pytest.raises(ValueError, match=r"without has 0 of its values, and lacks .*\.balance\.\w+ and others"):
+    with pytest.raises(ValueError, match=r"without has 0, and only one of both .*\.balance\.\w+, .* and others"):
         load_ranking_loss(plain, tmp_path / "without")
+    other = build("RTDetr")
+    for loss in ("rank_sort", "ap"):  # which have no state
+        use_ranking_loss(other, loss)
+        for folder in ("saved", "without"):
+            with pytest.raises(
+                ValueError, match="folder must have the state of a ranking loss as this model has it, 0 val"
+            ):
+                load_ranking_loss(other, tmp_path / folder)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in before.items())
 
 

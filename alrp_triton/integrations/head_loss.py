@@ -175,7 +175,8 @@ class HeadLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("box_error", torch.tensor(math.nan))  # pickled by version 0.5
-        state.setdefault("warm_start", None)
+        if "warm_start" not in state["_modules"]:
+            state.setdefault("warm_start", None)
         super().__setstate__(state)
 
     def forward(self, logits: Tensor, targets: Tensor, boxes: Boxes, groups: Tensor | None = None) -> HeadLosses:

@@ -22,7 +22,8 @@ class LogRankingLoss(Callback):
       ranked localisation loss depends on the ranks, too;
     - ``NAME/gradient_balance``: the sum of the gradients that pull scores up, by that of those that push scores down.
       1 in every step of any of the losses (NaN without positives); something between the loss and the logits that
-      treats them apart, such as a clip of their gradients, shows here.
+      treats them apart, such as a clip of their gradients, shows here. With a process group the sums over all processes
+      are equal, and one process' share of them is not.
 
     The losses are found among the submodules: assign what ``use_ranking_loss`` returns to an attribute, which puts the
     state of the self-balancing into Lightning's checkpoints, too.
@@ -52,29 +53,39 @@ class LogRankingLoss(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._balance.clear()
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # as Lightning counts
+        every = trainer.log_every_n_steps  # 0: never
+        if every and (trainer.global_step + 1) % every == 0:  # as Lightning counts
             self._find(pl_module)
-            self._watching = [loss.register_forward_pre_hook(self._watch(name)) for name, loss in self._losses.items()]
+            self._watching = [
+                loss.register_forward_pre_hook(self._watch(name), with_kwargs=True)
+                for name, loss in self._losses.items()
+            ]
 
     def _watch(self, name: str) -> Any:
         def note(gradient: Tensor) -> None:
             up, down = gradient.clamp(max=0).sum(dtype=torch.float64), gradient.clamp(min=0).sum(dtype=torch.float64)
             self._balance[name] = -up / down
 
-        def hook(loss: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            logits, *others = inputs
+        def hook(loss: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            logits, *others = inputs if inputs else (named["logits"],)
             if logits.requires_grad:
                 logits = logits.view_as(logits)  # whose gradient is that of this loss alone
                 logits.register_hook(note)
-            return (logits, *others)
+            return (logits, *others), {name: value for name, value in named.items() if name != "logits"}
 
         return hook
+
+    def _stop_watching(self) -> None:
+        while self._watching:
+            self._watching.pop().remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_watching()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        while self._watching:
-            self._watching.pop().remove()
+        self._stop_watching()
         for name, loss in self._losses.items():
             pl_module.log_dict({f"{name}/box_weight": loss.box_weight, f"{name}/box_error": loss.box_error})
         pl_module.log_dict({f"{name}/gradient_balance": value.float() for name, value in self._balance.items()})

@@ -92,7 +92,7 @@ def ranked(
     positive = torch.zeros_like(classes, dtype=torch.bool)
     # By query, whatever the order of the pairs: positives are in the order of their flat index.
     for image, (target, pairs) in enumerate(zip(targets, indices, strict=True)):
-        queries, objects = (torch.as_tensor(each).to(logits.device) for each in pairs)
+        queries, objects = (torch.as_tensor(each, dtype=torch.int64, device=logits.device) for each in pairs)
         if "valid" in target:  # RF-DETR fills targets up to one size
             real = target["valid"].to(logits.device)[objects].bool()
             queries, objects = queries[real], objects[real]
@@ -174,7 +174,9 @@ class Ranking:
             delattr(self.criterion, name)
         for name, value in self.former.items():
             setattr(self.criterion, name, value)
-        if self.weights is not None:
+        if self.weights is not None:  # others may have been changed meanwhile
+            now = self.criterion.weight_dict.items()
+            self.weights.update({key: value for key, value in now if not key.startswith(GIOU)})
             self.criterion.weight_dict = self.weights
 
     def cannot_batch(self, *args: Any) -> bool:

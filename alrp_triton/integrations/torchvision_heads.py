@@ -215,6 +215,16 @@ class RoIHeads(Head):
     def __init__(self, name: str, part: Any, loss: HeadLoss) -> None:
         super().__init__(name, part, loss)
         self.samples: tuple[Tensor, Tensor] | None = None
+        self.kind: type[Any] = type(part)
+
+    def put_in(self) -> None:
+        if self.kind is SigmoidRoIHeads:  # of a plain copy, which has the sigmoid already
+            self.part.__class__ = roi_heads.RoIHeads
+        super().put_in()
+
+    def take_out(self) -> None:
+        super().take_out()
+        self.part.__class__ = self.kind
 
     def forward(
         self,
@@ -286,6 +296,11 @@ class RoIHeads(Head):
         return boxes, [(score * count).clamp(max=1) for score in found], labels
 
     def make_plain(self) -> None:
+        if type(self.part) is not roi_heads.RoIHeads or "postprocess_detections" in self.former:
+            raise TypeError(
+                f"model must detect by torchvision's own RoIHeads for a plain copy, got {type(self.part).__name__}"
+                + " with a method of its own" * bool(self.former)
+            )
         super().make_plain()
         self.part.__class__ = SigmoidRoIHeads
 

@@ -183,11 +183,12 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
         with safe_open(file, framework="pt") as stored:
             keys = [key for key in stored.keys() if key.startswith(f"{_STATE}.")]  # noqa: SIM118
             state |= {key.removeprefix(f"{_STATE}."): stored.get_tensor(key) for key in keys}
-    missing = sorted(current.losses.state_dict().keys() - state.keys())
-    if missing:
+    own = current.losses.state_dict().keys()
+    other = sorted(own ^ state.keys())
+    if other or not state:
         raise ValueError(
-            f"folder must have the state of a ranking loss as this model has it; {folder} has {len(state)} of its "
-            f"values, and lacks {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}"
+            f"folder must have the state of a ranking loss as this model has it, {len(own)} values; {folder} has "
+            f"{len(state)}, and only one of both {', '.join(other[:3]) or 'nothing'}{' and others' * (len(other) > 3)}"
         )
     current.losses.load_state_dict(state)
 

@@ -43,6 +43,7 @@ class RankingLossCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.in_front = False
+        self._sets_period = False
         self._sums: dict[tuple[str, ...], Tensor] = {}  # by names: values, how many are NaN, steps; [3, names]
 
     @classmethod
@@ -62,7 +63,8 @@ class RankingLossCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = _loss_function(kwargs["model"])
-        if loss.losses.arguments["period"] == "later":
+        if self._sets_period or loss.losses.arguments["period"] == "later":
+            self._sets_period = True
             try:
                 loss.losses.set_period(len(kwargs["train_dataloader"]))
             except TypeError as error:

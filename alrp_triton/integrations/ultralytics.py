@@ -206,7 +206,7 @@ class _Run:
 
     def __init__(self, losses: DetectorLoss, period_of_trainer: bool, prior: float | None) -> None:
         self.losses, self.period_of_trainer, self.prior = losses, period_of_trainer, prior
-        self.empty = self._state()
+        self.empty = self.known = self._state()
 
     def put_in(self, model: Any) -> None:
         for event in self.events:
@@ -218,19 +218,20 @@ class _Run:
             group.pop(self.key, None)
         elif self.empty["state"] and self.key not in group:
             LOGGER.warning("The checkpoint has no state of a ranking loss, whose balance begins anew.")
-        group.setdefault(self.key, self.empty)
+        self.known = group.setdefault(self.key, self.empty)
         self._load(trainer)
         for model in self._models(trainer):
             raise_scores(model.model[-1], self.prior)
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        self._rank(trainer)  # after NaN the average is a new one
+        self._rank(trainer)  # after NaN the average is a new one, and after too large a batch the optimizer
+        trainer.optimizer.param_groups[0].setdefault(self.key, self.known)
         self._load(trainer)
         if self.period_of_trainer:
             self.losses.set_period(len(trainer.train_loader))
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        trainer.optimizer.param_groups[0][self.key] = self._state()
+        trainer.optimizer.param_groups[0][self.key] = self.known = self._state()
 
     def _rank(self, trainer: Any) -> None:
         for model in self._models(trainer):

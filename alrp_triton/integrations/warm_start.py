@@ -17,7 +17,7 @@ def check_warm_start(warm_start: object) -> int:
 
 
 class WarmStart(nn.Module):
-    """The first ``length`` steps have one loss, and over as many more the other takes over, linearly.
+    """The first ``length`` steps have one loss; in as many more the other takes over, linearly.
 
     The count of steps is a buffer, in the ``state_dict``; the host waits for it once after loading. In ``eval`` mode,
     and where gradients are disabled, nothing is counted.
@@ -36,7 +36,7 @@ class WarmStart(nn.Module):
         """That of the second loss in the next step."""
         if self._known is None:
             self._known = int(self.steps)
-        return min(max((self._known - self.length) / self.length, 0.0), 1.0)
+        return min(max((self._known + 1 - self.length) / (self.length + 1), 0.0), 1.0)
 
     def forward(self, first: Callable[[], Parts], second: Callable[[], Parts]) -> Parts:
         """The parts of both losses, blended; a loss of which nothing is taken is not computed."""

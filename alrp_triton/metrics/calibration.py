@@ -1,6 +1,6 @@
 """From a score to the share of detections that are right: a ranking loss orders scores and leaves their level free.
 
-Curves rise everywhere, so the order of the detections of a class is kept, and with it AP and LRP.
+Curves rise everywhere, so the order of the detections of a class is kept, and with it AP and LRP, up to rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ from .lrp import FloatArray
 
 Method = Literal["isotonic", "logistic"]
 
-_STEEPNESS = 1e-3  # least slope of an isotonic curve, which has flat parts
+_RISE = 1e-3  # of an isotonic curve where it would be flat, over all scores that were seen
+_SEEN = 0.98  # of that rise; the rest is for scores below and above
 _EPS = 1e-12  # the logit of 0 is that of so much
 
 
@@ -27,8 +28,8 @@ _EPS = 1e-12  # the logit of 0 is that of so much
 class Curve:
     """A function of scores that rises everywhere, from 0..1 to 0..1.
 
-    Isotonic: linear between points (x, y), constant beyond, and a little of the score itself so that it rises there,
-    too. Logistic: the sigmoid of ``slope * logit(score) + offset``.
+    Isotonic: linear between points (x, y), constant beyond, and a little of the position among the scores that were
+    seen, so that it rises there, too. Logistic: the sigmoid of ``slope * logit(score) + offset``.
     """
 
     method: Method
@@ -37,9 +38,12 @@ class Curve:
 
     def __call__(self, scores: FloatArray) -> FloatArray:
         if self.method == "isotonic":
-            return (1 - _STEEPNESS) * np.interp(scores, *self.values) + _STEEPNESS * scores
+            x, y = self.values
+            edge = (1 - _SEEN) / 2
+            position = np.interp(scores, [0.0, x[0], x[-1], 1.0], [0.0, edge, 1 - edge, 1.0])
+            return (1 - _RISE) * np.interp(scores, x, y) + _RISE * position
         (slope,), (offset,) = self.values
-        return 1 / (1 + np.exp(-(slope * _logit(scores) + offset)))
+        return 1 / (1 + np.exp(np.clip(-(slope * _logit(scores) + offset), -700, 700)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Calibration:
             labels: ``(D,)``, integer.
 
         Returns:
-            ``(D,)``, the dtype and device of the scores. Within a class the order of the scores, up to rounding.
+            ``(D,)``, on the device of the scores and of their dtype, float32 at least. Within a class in the order of
+            the scores; some that are neighbours in their dtype may be rounded to one.
 
         Raises:
             TypeError, ValueError: other shapes or dtypes, scores out of 0..1.
@@ -80,7 +85,7 @@ class Calibration:
         for label in np.unique(classes).tolist():
             here = classes == label
             out[here] = self.curves.get(label, self.of_all)(given[here])
-        return torch.from_numpy(out).to(scores)
+        return torch.from_numpy(out).to(scores.device, torch.promote_types(scores.dtype, torch.float32))
 
     def state_dict(self) -> dict[str, Any]:
         curves = [(None, self.of_all), *self.curves.items()]
@@ -108,13 +113,15 @@ def coco_calibration(
         method: ``"isotonic"``, any shape, for a few hundred detections a class and more; ``"logistic"``, two numbers,
             for fewer (Platt's scaling, on the logit of the score).
         by_class: a curve for each class; else one for all, which also keeps the order of scores between classes.
-        least: a class with fewer right, or fewer wrong detections takes the curve of all classes.
+        least: a class with fewer right, or fewer wrong detections takes the curve of all classes; with ``"logistic"``
+            so does one whose scores do not rise with precision.
         tau: as for :func:`coco_olrp`; a detection is right from this IoU on.
         max_dets: as for :func:`coco_olrp`.
 
     Raises:
         TypeError, ValueError: as :func:`coco_olrp`, and ValueError for an unknown ``method``, scores out of 0..1, and
-            ``"logistic"`` where scores do not rise with precision, or where all detections are right, or none is.
+            ``"logistic"`` where the scores of all classes together do not rise with precision, or all detections are
+            right, or none is.
         ImportError: scikit-learn is not installed.
 
     Reference: Zadrozny and Elkan, KDD 2002 (isotonic); Platt, 1999 (logistic).
@@ -133,10 +140,15 @@ def coco_calibration(
     if outside.size:
         raise ValueError(f"scores of the evaluation must be in 0..1, got {outside[0]}")
     enough = (k for k, (_, right) in found.items() if by_class and min(right.sum(), (~right).sum()) >= least)
-    return Calibration(_fitted(method, *pooled), {k: _fitted(method, *found[k]) for k in enough})
+    of_all = _fitted(method, *pooled)
+    if of_all is None:
+        raise ValueError("scores of the evaluation must rise with precision, those of all classes together fall")
+    fitted = {k: _fitted(method, *found[k]) for k in enough}
+    return Calibration(of_all, {k: curve for k, curve in fitted.items() if curve is not None})
 
 
-def _fitted(method: Method, scores: FloatArray, is_tp: NDArray[np.bool_]) -> Curve:
+def _fitted(method: Method, scores: FloatArray, is_tp: NDArray[np.bool_]) -> Curve | None:
+    """None: a logistic curve would fall."""
     try:
         from sklearn.isotonic import IsotonicRegression
         from sklearn.linear_model import LogisticRegression
@@ -151,9 +163,7 @@ def _fitted(method: Method, scores: FloatArray, is_tp: NDArray[np.bool_]) -> Cur
         raise ValueError(f"evaluation must have right and wrong detections, got {is_tp.sum()} right of {is_tp.size}")
     fit = LogisticRegression(C=1e6, max_iter=1000).fit(_logit(scores)[:, None], is_tp)
     slope, offset = float(fit.coef_[0, 0]), float(fit.intercept_[0])
-    if not slope > 0:
-        raise ValueError(f"scores of the evaluation must rise with precision, got a slope of {slope:.3g}")
-    return Curve(method, ([slope], [offset]))
+    return Curve(method, ([slope], [offset])) if slope > 0 else None
 
 
 def _logit(scores: FloatArray) -> FloatArray:

@@ -141,8 +141,8 @@ class History(Callback):
         self.steps, self.evaluations = state_dict["steps"], state_dict["evaluations"]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 and (self.steps[-1]["step"] if self.steps else 0) < step:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # 0: never
+        if every and step % every == 0 and (self.steps[-1]["step"] if self.steps else 0) < step:
             self.steps.append({"step": step} | {name: float(value) for name, value in pl_module.values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -268,7 +268,11 @@ class RankingDetector(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """UserError: the checkpoint is of a run with other settings."""
         now, before = dict(self.settings), checkpoint["hyper_parameters"]
-        other = [f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value]
+        other = [
+            f"{name} {before.get(name)} (now {value})"
+            for name, value in now.items()
+            if before.get(name, value) != value
+        ]
         if other:
             raise UserError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
         self.thresholds = checkpoint.get("thresholds", {})
