@@ -130,8 +130,8 @@ def coco_calibration(
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     check_bool("by_class", by_class)
     least = check_integer("least", least, 1, 2**31)
-    classes, _, _, parts = read_detections(evaluation, tau, max_dets)
-    found = {int(classes[index]): (one.scores, one.is_tp) for index, label, one in parts if label == "all"}
+    classes, _, _, detections = read_detections(evaluation, tau, max_dets)
+    found = {int(number): detections(index, "all")[:2] for index, number in enumerate(classes)}
     pooled = (
         np.concatenate([np.zeros(0), *(scores for scores, _ in found.values())]),
         np.concatenate([np.zeros(0, np.bool_), *(is_tp for _, is_tp in found.values())]),

@@ -1,8 +1,7 @@
 """LRP and oLRP of a finished COCO evaluation. The evaluation has matched; nothing is matched here."""
 
 import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -133,24 +132,25 @@ def _evaluate(
     thresholds: FloatArray | None = None,
 ) -> LRPResult:
     """Applies ``error_of(index of the class)`` to the detections of every class, for every area range."""
-    classes, labels, tau, parts = read_detections(evaluation, tau, max_dets)
+    classes, labels, tau, detections = read_detections(evaluation, tau, max_dets)
     if thresholds is not None and thresholds.shape not in ((), classes.shape):
         raise ValueError(
             f"score_threshold must be a number or one for each of {len(classes)} classes, got shape {thresholds.shape}"
         )
-    errors: dict[str, list[LRPErrors]] = {label: [] for label in labels}
-    for index, label, found in parts:
-        errors[label].append(error_of(index)(*found, tau=tau))
+    errors = {
+        label: [error_of(index)(*detections(index, label), tau=tau) for index in range(len(classes))]
+        for label in labels
+    }
     by_size = {label: _result(classes, points, {}) for label, points in errors.items()}
     return _result(classes, errors["all"], by_size)
 
 
 def read_detections(
     evaluation: COCOEvaluation, tau: float, max_dets: int | None
-) -> tuple[NDArray[np.int64], list[str], float, Iterator[tuple[int, str, Detections]]]:
-    """Classes, area ranges and IoU threshold of an evaluation; and, one by one, class (index), area range, detections.
+) -> tuple[NDArray[np.int64], list[str], float, Callable[[int, str], Detections]]:
+    """Classes, area ranges and IoU threshold of an evaluation; and what reads the detections of a class and a range.
 
-    Args and errors: :func:`coco_olrp`.
+    Args and errors: :func:`coco_olrp`. Classes are asked for by their index.
     """
     params = _params(evaluation)
     tau = check_number("tau", tau, 0.0, 1.0, high_open=True)
@@ -175,13 +175,13 @@ def read_detections(
         raise ValueError(f"params.areaRngLbl of the evaluation must have 'all', got {params.areaRngLbl}")
 
     read = _from_faster if hasattr(evaluation, "gt_dataset") else _from_pycocotools
-    images = read(evaluation, params, int(close[0]))
-    parts = (
-        (index, label, _of_images(itertools.islice(images, len(params.imgIds)), kept))
-        for index in range(len(classes))
-        for label in params.areaRngLbl
-    )
-    return classes, list(params.areaRngLbl), float(params.iouThrs[close[0]]), parts
+    matches, labels, images = read(evaluation, params, int(close[0])), list(params.areaRngLbl), len(params.imgIds)
+
+    def detections(index: int, label: str) -> Detections:
+        first = (index * len(labels) + labels.index(label)) * images
+        return _of_images(map(matches, range(first, first + images)), kept)
+
+    return classes, labels, float(params.iouThrs[close[0]]), detections
 
 
 def _params(evaluation: COCOEvaluation) -> Any:
@@ -246,19 +246,20 @@ def _check_length(name: str, records: Sequence[Any], params: Any) -> None:
         )
 
 
-def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Iterator[_Matches]:
-    """By class, area range, image. IoUs are read from ``ious``, whose columns are in the order of the dataset."""
+def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Callable[[int], _Matches]:
+    """By number of the record, which is by class, area range, image. IoUs have columns in the order of the dataset."""
     columns: dict[tuple[int, int], dict[int, int]] = {}
     _check_length("evalImgs", evaluation.evalImgs, params)
-    for record, number in zip(evaluation.evalImgs, itertools.cycle(params.imgIds), strict=False):
+
+    def read(position: int) -> _Matches:
+        record, number = evaluation.evalImgs[position], params.imgIds[position % len(params.imgIds)]
         if record is not None and record["image_id"] != number:
             raise ValueError(
                 f"evalImgs of the evaluation has image {record['image_id']} where params.imgIds has {number}: order it "
                 "by category, area range and image, or evaluate once as a whole"
             )
         if record is None:  # neither ground truth nor detection
-            yield _Matches([], [], [], [], 0)
-            continue
+            return _Matches([], [], [], [], 0)
         matches = record["dtMatches"][tau_index].tolist()
         ious = [0.0] * len(matches)
         if any(matches):
@@ -275,7 +276,7 @@ def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Iterator[
                     "batch has to be merged with its ious, or evaluated once as a whole"
                 )
             ious = [float(found[row, columns[key][int(truth)]]) if truth else 0.0 for row, truth in enumerate(matches)]
-        yield _Matches(
+        return _Matches(
             record["dtScores"],
             [truth != 0 for truth in matches],
             record["dtIgnore"][tau_index].tolist(),
@@ -283,25 +284,31 @@ def _from_pycocotools(evaluation: Any, params: Any, tau_index: int) -> Iterator[
             list(record["gtIgnore"]).count(0),
         )
 
+    return read
 
-def _from_faster(evaluation: Any, params: Any, tau_index: int) -> Iterator[_Matches]:
-    """By class, area range, image. C++ records open up to pickle, which is how they travel between processes."""
+
+def _from_faster(evaluation: Any, params: Any, tau_index: int) -> Callable[[int], _Matches]:
+    """By number of the record, as above. C++ records open up to pickle, which is how they travel between processes."""
     if not evaluation.separate_eval:
         evaluation, tau_index = _evaluated_separately(evaluation, params, tau_index), 0
-    _check_length("_evalImgs_cpp", evaluation._evalImgs_cpp, params)
-    for record in evaluation._evalImgs_cpp:
-        all_matches, _, scores, truth_ignores, all_ignores, pairs = record.__getstate__()
+    records = evaluation._evalImgs_cpp
+    _check_length("_evalImgs_cpp", records, params)
+
+    def read(position: int) -> _Matches:
+        all_matches, _, scores, truth_ignores, all_ignores, pairs = records[position].__getstate__()
         start = tau_index * len(scores)  # flat [T, D]
         matches = all_matches[start : start + len(scores)]
         # (detection, ground truth, IoU) of every match, in the order of the matches
         following = iter(pairs[start - all_matches[:start].count(0) :])
-        yield _Matches(
+        return _Matches(
             scores,
             [truth != 0 for truth in matches],
             all_ignores[start : start + len(scores)],
             [next(following)[2] if truth else 0.0 for truth in matches],
             truth_ignores.count(False),
         )
+
+    return read
 
 
 def _evaluated_separately(evaluation: Any, params: Any, tau_index: int) -> Any:
