@@ -73,6 +73,7 @@ def test_layers_import_one_way() -> None:
         "integrations": [
             "__init__",
             "masks",
+            "methods",
             "box_errors",
             "warm_start",
             "head_loss",

@@ -74,21 +74,18 @@ def use_ranking_loss(
     """
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"criterion must be a module with methods loss_labels*, got {type(criterion).__name__}")
-    of_boxes = box_arguments(loss, box_weight)
     before = ranking_in(criterion)
     _check_shape(before.originals if before else _methods(criterion), criterion, loss)
     losses = QueryLosses(
-        {
-            "loss": loss,
-            "period": period,
-            "initial_weight": initial_weight,
-            "tau": tau,
-            **of_boxes,
-            "delta": delta,
-            "process_group": process_group,
-            "gradient_reduction": gradient_reduction,
-            "backend": backend,
-        }
+        loss=loss,
+        period=period,
+        initial_weight=initial_weight,
+        tau=tau,
+        box_weight=box_weight,
+        delta=delta,
+        process_group=process_group,
+        gradient_reduction=gradient_reduction,
+        backend=backend,
     )
     remove_ranking_loss(criterion)
     criterion.ranking_loss = losses.train(criterion.training)
@@ -102,13 +99,6 @@ def remove_ranking_loss(criterion: nn.Module) -> None:
     if ranking is not None:
         ranking.take_out()
         del criterion.ranking_loss
-
-
-def box_arguments(loss: Loss, box_weight: float | None) -> dict[str, Any]:
-    """Of a :class:`HeadLoss` for matched queries. ValueError: a weight that has nothing to weigh."""
-    if box_weight is not None and loss != "alrp":
-        raise ValueError(f"box_weight is for loss 'alrp', box losses of {loss!r} are the detector's; got {box_weight}")
-    return {"box_loss": "giou", "box_weight": box_weight}
 
 
 def _methods(criterion: nn.Module) -> dict[str, Any]:

@@ -43,6 +43,12 @@ TAU_RPN = 0.7  # of the localisation error in an RPN, published
 RPN_WEIGHT = 0.2  # of both losses of an RPN, published
 
 
+def check_box_weight(loss: Loss, box_weight: float | None) -> None:
+    """ValueError: a weight where box losses stay the detector's own, so that it has nothing to weigh."""
+    if box_weight is not None and loss != "alrp":
+        raise ValueError(f"box_weight is for loss 'alrp', box losses of {loss!r} are the detector's; got {box_weight}")
+
+
 class HeadLosses(NamedTuple):
     """What :class:`HeadLoss` returns; the loss to minimise is the sum."""
 

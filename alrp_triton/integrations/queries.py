@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..balance import Period
 from ..distributed import ProcessGroup
+from . import methods
 from .box_errors import Boxes, at_least_float32
-from .head_loss import DetectorLoss, HeadLoss, HeadLosses
+from .head_loss import DetectorLoss, HeadLoss, HeadLosses, check_box_weight
 
 try:
     from torchvision.ops import box_convert
@@ -35,13 +36,17 @@ class QueryLosses(DetectorLoss):
     ``"denoising_0"`` and so on.
 
     Args:
-        arguments: of each :class:`HeadLoss`.
         names: of those that are made at once.
+        arguments: of each :class:`HeadLoss`; its box loss is GIoU.
+
+    Raises:
+        ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` raises.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], names: Iterable[str] = (LAST,)) -> None:
+    def __init__(self, names: Iterable[str] = (LAST,), **arguments: Any) -> None:
         super().__init__()
-        self.arguments = dict(arguments)
+        check_box_weight(arguments["loss"], arguments["box_weight"])
+        self.arguments: dict[str, Any] = {**arguments, "box_loss": "giou"}
         for name in names:
             self.of(name)
 
@@ -164,16 +169,11 @@ class Ranking:
         if hasattr(self.criterion, "_can_batch_detection_losses"):  # RF-DETR, where it compiles: past loss_labels
             ours["_can_batch_detection_losses"] = self.cannot_batch
         self.originals = {name: getattr(self.criterion, name) for name in ours}
-        self.former = {name: vars(self.criterion)[name] for name in ours if name in vars(self.criterion)}
-        for name, method in ours.items():
-            setattr(self.criterion, name, method)
+        self.former = methods.put_in(self.criterion, ours)
         return self
 
     def take_out(self) -> None:
-        for name in self.originals:
-            delattr(self.criterion, name)
-        for name, value in self.former.items():
-            setattr(self.criterion, name, value)
+        methods.take_out(self.criterion, self.originals, self.former)
         if self.weights is not None:  # others may have been changed meanwhile
             now = self.criterion.weight_dict.items()
             self.weights.update({key: value for key, value in now if not key.startswith(GIOU)})

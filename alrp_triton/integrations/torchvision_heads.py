@@ -12,6 +12,7 @@ from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matche
 from ..checks import check_values
 from ..distributed import ProcessGroup, tells_the_others
 from ..targets import IGNORE_INDEX
+from . import methods
 from .atss import atss_match
 from .box_errors import STANDARD, Boxes, at_least_float32, in_deviations
 from .head_loss import HeadLoss, HeadLosses
@@ -40,9 +41,7 @@ class Head:
         self.weights = [coder.weights for coder in self.coders]
         for coder in self.coders:
             coder.weights = STANDARD
-        self.former = {method: vars(self.part)[method] for method in self.methods if method in vars(self.part)}
-        for method in self.methods:
-            setattr(self.part, method, getattr(self, method))
+        self.former = methods.put_in(self.part, {name: getattr(self, name) for name in self.methods})
 
     def take_out(self) -> None:
         self.restore_methods()
@@ -50,10 +49,7 @@ class Head:
             coder.weights = weights
 
     def restore_methods(self) -> None:
-        for method in self.methods:
-            delattr(self.part, method)
-        for method, value in self.former.items():
-            setattr(self.part, method, value)
+        methods.take_out(self.part, self.methods, self.former)
 
     def make_plain(self) -> None:
         """Of a copy: let the part detect as it does now by its own methods, which TorchScript can read."""

@@ -17,13 +17,12 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..balance import INITIAL_WEIGHT, InitialWeight, Period
 from ..boxes import TAU
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
-from .detr import box_arguments
 from .head_loss import Loss
 from .queries import LAST, QueryLosses, Ranking
 
@@ -106,7 +105,6 @@ def use_ranking_loss(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a detector of transformers, got {type(model).__name__}")
-    of_boxes = box_arguments(loss, box_weight)
     current: Any = model.loss_function
     original = current.original if isinstance(current, RankingLossFunction) else current
     name = getattr(original, "__name__", type(original).__name__)
@@ -127,18 +125,16 @@ def use_ranking_loss(
     names = [LAST, *(f"auxiliary_{layer}" for layer in range(layers - 1))]
     names += ["encoder"] * family.encoder + [f"denoising_{layer}" for layer in range(layers)] * family.denoising
     losses = QueryLosses(
-        {
-            "loss": loss,
-            "period": period,
-            "initial_weight": initial_weight,
-            "tau": tau,
-            **of_boxes,
-            "delta": delta,
-            "process_group": process_group,
-            "gradient_reduction": gradient_reduction,
-            "backend": backend,
-        },
         names,
+        loss=loss,
+        period=period,
+        initial_weight=initial_weight,
+        tau=tau,
+        box_weight=box_weight,
+        delta=delta,
+        process_group=process_group,
+        gradient_reduction=gradient_reduction,
+        backend=backend,
     )
     # The RT-DETR family has the encoder's proposals behind the auxiliary layers, in one list.
     other_names = {f"auxiliary_{layers - 1}": "encoder"} if family.denoising else {}
@@ -170,11 +166,7 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: the model has no ranking loss; there is no state in the files, or that of another kind of loss.
             FileNotFoundError: no such files. The state of the losses is then as before.
     """
-    current: Any = model.loss_function
-    if not isinstance(current, RankingLossFunction):
-        raise ValueError(
-            f"model must have a ranking loss; {type(model).__name__} has none: call use_ranking_loss first"
-        )
+    losses = loss_function_of(model).losses
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"folder must have a model in *.safetensors, got {folder}")
@@ -183,14 +175,23 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
         with safe_open(file, framework="pt") as stored:
             keys = [key for key in stored.keys() if key.startswith(f"{_STATE}.")]  # noqa: SIM118
             state |= {key.removeprefix(f"{_STATE}."): stored.get_tensor(key) for key in keys}
-    own = current.losses.state_dict().keys()
+    own = losses.state_dict().keys()
     other = sorted(own ^ state.keys())
     if other or not state:
         raise ValueError(
             f"folder must have the state of a ranking loss as this model has it, {len(own)} values; {folder} has "
             f"{len(state)}, and only one of both {', '.join(other[:3]) or 'nothing'}{' and others' * (len(other) > 3)}"
         )
-    current.losses.load_state_dict(state)
+    losses.load_state_dict(state)
+
+
+def loss_function_of(model: nn.Module | None) -> "RankingLossFunction":
+    """That of a model, which may be wrapped. ValueError: it has no ranking loss."""
+    for module in () if model is None else model.modules():
+        found = vars(module).get("_loss_function")
+        if isinstance(found, RankingLossFunction):
+            return found
+    raise ValueError(f"model must have a ranking loss; {type(model).__name__} has none: call use_ranking_loss first")
 
 
 class RankingLossFunction:

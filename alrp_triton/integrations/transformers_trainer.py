@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .transformers import RankingLossFunction
+from .transformers import loss_function_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -55,14 +55,14 @@ class RankingLossCallback(TrainerCallback):
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
-        _loss_function(trainer.model)
+        loss_function_of(trainer.model)
         callback = cls()
         callback.in_front = True
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = _loss_function(kwargs["model"])
+        loss = loss_function_of(kwargs["model"])
         if self._sets_period or loss.losses.arguments["period"] == "later":
             self._sets_period = True
             try:
@@ -86,7 +86,7 @@ class RankingLossCallback(TrainerCallback):
         loss.watch = self._watch
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _loss_function(kwargs["model"]).watch = None
+        loss_function_of(kwargs["model"]).watch = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # of an evaluation, or of the whole training
@@ -123,11 +123,3 @@ class RankingLossCallback(TrainerCallback):
             elif seen > missing:
                 means[name] = total / (seen - missing)
         return means
-
-
-def _loss_function(model: nn.Module | None) -> RankingLossFunction:
-    for module in () if model is None else model.modules():
-        found = vars(module).get("_loss_function")
-        if isinstance(found, RankingLossFunction):
-            return found
-    raise ValueError(f"model must have a ranking loss; {type(model).__name__} has none: call use_ranking_loss first")

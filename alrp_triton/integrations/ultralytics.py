@@ -22,7 +22,7 @@ from ..boxes import TAU
 from ..checks import check_number
 from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
-from .head_loss import DetectorLoss, HeadLoss, Loss
+from .head_loss import DetectorLoss, HeadLoss, Loss, check_box_weight
 from .ultralytics_criterion import BRANCHES, HEAD, NEEDS, losses_in, put_in, raise_scores, take_out
 
 try:
@@ -102,8 +102,7 @@ def use_ranking_loss(
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """
     inner = _detector(model, loss)
-    if box_weight is not None and loss != "alrp":
-        raise ValueError(f"box_weight is for loss 'alrp', box losses of {loss!r} are the model's; got {box_weight}")
+    check_box_weight(loss, box_weight)
     trained = isinstance(model, Model)
     if trained and not (process_group is None or process_group == "world"):
         raise ValueError(
