@@ -20,7 +20,14 @@ from .run import RESULTS, ROOT
 from .tables import commit, number, table
 from .timing import Row, exponents
 
-PAGES = ("README.md", "docs/performance.md", "docs/alrp.md", "docs/training.md", "docs/comparison.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/alrp.md",
+    "docs/training.md",
+    "docs/comparison.md",
+    "docs/integrations.md",
+)
 _BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json|gpu) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # Columns that say how many times faster a contender is than a baseline.
@@ -128,8 +135,22 @@ def render(report: dict[str, Any], name: str) -> str:
         return side_by_side.render(report, name)
     if "soak" in report or "large" in report:
         return endurance.render(report)
+    if "warm_start" in report:
+        return _warm_start(report)
     special = {"run": _conditions, "headline": _headline, "growth": _growth, "gate": _gate}
     return special[name](report) if name in special else _times(report, name)
+
+
+def _warm_start(report: dict[str, Any]) -> str:
+    """AP by the length of the warm start: the mean over seeds, and the range."""
+    lines: list[list[str]] = []
+    for length in dict.fromkeys(run["warm_start"] for run in report["runs"]):
+        runs = [run["evaluations"] for run in report["runs"] if run["warm_start"] == length]
+        cells = [[each["AP"] for each in at_step] for at_step in zip(*runs, strict=True)]
+        shown = [f"{sum(aps) / len(aps):.3f} ({min(aps):.3f} to {max(aps):.3f})" for aps in cells]
+        lines.append([str(length), *shown])
+    steps = [f"step {each['step']}" for each in report["runs"][0]["evaluations"]]
+    return table(["`warm_start`", *steps], lines, left=0)
 
 
 def markdown(report: dict[str, Any]) -> str:
