@@ -324,7 +324,7 @@ def _as_distribution(class_logits: Tensor) -> tuple[Tensor, int]:
     The softmax of the logarithms of a distribution is that distribution: what is missing to 1 is background.
     """
     count = max(class_logits.shape[1] - 1, 1)
-    scores = class_logits[:, 1:].to(torch.promote_types(class_logits.dtype, torch.float32)).sigmoid() / count
+    scores = at_least_float32(class_logits[:, 1:]).sigmoid() / count
     rest = (1 - scores.sum(1, keepdim=True)).clamp(min=0)
     return torch.cat([rest, scores], 1).log(), count
 
