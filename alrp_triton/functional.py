@@ -137,6 +137,26 @@ def alrp_loss(
     outrank it are pushed down by as much in total (Theorem 2). It flows through ``classification``; the gradient with
     respect to ``box_errors`` flows through ``localisation``, the ranks being held constant.
 
+    Dense equivalent, for some thousand logits::
+
+        def dense_alrp_loss(logits, targets, box_errors, delta=1.0, eps=1e-5):
+            positives, negatives = logits[targets == 1], logits[targets == 0]
+            s, e, p = positives.detach(), box_errors.detach(), len(positives)
+
+            def step(x):
+                return ((x - s[:, None]) / (2 * delta) + 0.5).clamp(0, 1)
+
+            false, above = step(negatives.detach()), step(s).fill_diagonal_(0)
+            fp = false.sum(1)
+            rank = 1 + above.sum(1) + fp
+            error = torch.where(fp > eps, (fp + above @ e) / rank, 0)
+            down = (error / fp.clamp(min=eps)) @ false  # of each negative
+            update = (down @ negatives - error @ positives) / p
+            classification = (fp / rank).mean() + update - update.detach()
+            higher = (s > s[:, None]).to(s) + (s == s[:, None]).fill_diagonal_(0) / 2
+            localisation = ((box_errors + higher @ box_errors) / rank).mean()
+            return classification, localisation
+
     Args:
         logits: pre-sigmoid scores, N elements in any shape, contiguous or not; float16, bfloat16, float32 or float64
             (there, up to 1e300 in magnitude: beyond, sums overflow and the result is NaN).
@@ -240,6 +260,24 @@ def ap_loss(
     pushed down by H_ij e_i / FP_i. Where interpolation raises the precision, that is the published weight:
     H_ij / rank_i times (1 - greatest precision) / (1 - precision_i). A positive of precision 1 causes no gradient.
 
+    Dense equivalent, for some thousand logits::
+
+        def dense_ap_loss(logits, targets, delta=1.0):
+            positives, negatives = logits[targets == 1], logits[targets == 0]
+            s, p = positives.detach(), len(positives)
+
+            def step(x):
+                return ((x - s[:, None]) / (2 * delta) + 0.5).clamp(0, 1)
+
+            false, above = step(negatives.detach()), step(s).fill_diagonal_(0)
+            fp, true = false.sum(1), 1 + above.sum(1)
+            precision = true / (true + fp)
+            precision = torch.where(s <= s[:, None], precision, 0).amax(1)
+            error = torch.where(fp > 0, 1 - precision, 0)
+            down = (error / torch.where(fp > 0, fp, 1)) @ false  # of each negative
+            update = (down @ negatives - error @ positives) / p
+            return (1 - precision).mean() + update - update.detach()
+
     Args:
         logits: as for :func:`alrp_loss`.
         targets: as for :func:`alrp_loss`, in either form.
@@ -313,6 +351,32 @@ def rank_sort_loss(
     outrank it are pushed down by H_ik / sum H_ik of it. **The incoming gradients of both results are honoured**: that
     of ``ranking`` scales the first update, that of ``sorting`` the second. The published code scales both by that of
     the ranking error; for ``(ranking + sorting).backward()`` there is no difference.
+
+    Dense equivalent, for some thousand logits::
+
+        def dense_rank_sort_loss(logits, targets, ious, delta=0.5, eps=1e-10):
+            positives, negatives = logits[targets == 1], logits[targets == 0]
+            s, p = positives.detach(), len(positives)
+
+            def step(x):
+                return ((x - s[:, None]) / (2 * delta) + 0.5).clamp(0, 1)
+
+            false, above = step(negatives.detach()), step(s)
+            fp, worse = false.sum(1), above * (ious < ious[:, None])
+            better = above - worse
+            ranking = fp / (above.sum(1) + fp)
+            sorting = above @ (1 - ious) / above.sum(1) - better @ (1 - ious) / better.sum(1)
+            up = torch.where(fp > eps, ranking, 0)
+            down = (up / fp.clamp(min=eps)) @ false  # of each negative
+            of_ranking = (down @ negatives - up @ positives) / p
+            missorted = worse.sum(1)
+            up = torch.where(missorted > eps, sorting, 0)
+            down = (up / missorted.clamp(min=eps)) @ worse  # of each positive
+            of_sorting = (down - up) @ positives / p
+            return (
+                ranking.mean() + of_ranking - of_ranking.detach(),
+                sorting.mean() + of_sorting - of_sorting.detach(),
+            )
 
     Args:
         logits: as for :func:`alrp_loss`.

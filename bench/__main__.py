@@ -14,16 +14,17 @@ import torch
 
 from alrp_triton.functional import EPS
 
-from . import side_by_side
-from .contenders import RULE
-from .gate import TOLERANCE, check
-from .gpu import results, runner
-from .host import TURNS, measure
-from .host import markdown as host_markdown
-from .problems import sizes
+from .training import tables as comparison_tables
+from .speed.contenders import RULE
+from .speed.gate import TOLERANCE, check
+from .gpu import results
+from .gpu import runner
+from .speed.host import TURNS, measure
+from .speed.host import markdown as host_markdown
+from .speed.problems import sizes
 from .report import fill, markdown, pages, render
 from .run import RESULTS, ROOT, describe_run, store
-from .timing import SECONDS, STEADY, TRIES, sweep
+from .speed.timing import SECONDS, STEADY, TRIES, sweep
 
 GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False)))
 
@@ -151,7 +152,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report() -> int:
     from .gpu import plots as gpu_plots
-    from .plots import draw
+    from .speed.plots import draw
 
     for page in pages():
         page.write_text(fill(page.read_text()))
@@ -160,7 +161,7 @@ def _report() -> int:
     for file in sorted(RESULTS.glob("*.json")):
         report = results.load(file)
         if "rows" in report or "comparison" in report:
-            plots = draw if "rows" in report else side_by_side.draw
+            plots = draw if "rows" in report else comparison_tables.draw
             print(*plots(report, folder, file.stem), sep="\n")
     for file in results.newest():
         print(*gpu_plots.draw(results.load(file), folder), sep="\n")
@@ -168,7 +169,7 @@ def _report() -> int:
 
 
 def _compiled(out: Path) -> int:
-    from .machine_code import matrix
+    from .machine_code.reading import matrix
 
     with TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):  # all are compiled here
         kernels = matrix(("sm_80", "sm_90", "sm_100", "gfx942"), ("fp32",))

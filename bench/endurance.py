@@ -16,7 +16,7 @@ from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 
 from .run import RESULTS, describe_run, store
 from .tables import table
-from .timing import resident
+from .speed.timing import resident
 
 _LARGE = (
     (300_000_000, torch.float32, "torch"),

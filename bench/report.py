@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import endurance, side_by_side
-from .contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
+from . import endurance
+from .training import tables as comparison_tables
+from .speed.contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .gpu import results
 from .gpu import tables as gpu_tables
-from .problems import HEADLINE
+from .speed.problems import HEADLINE
 from .run import RESULTS, ROOT
 from .tables import commit, number, table
-from .timing import Row, exponents
+from .speed.timing import Row, exponents
 
 PAGES = (
     "README.md",
@@ -128,11 +129,11 @@ def _gate(report: dict[str, Any]) -> str:
 def render(report: dict[str, Any], name: str) -> str:
     """The Markdown of a block."""
     if "kernels" in report:
-        from . import model  # needs triton
+        from .machine_code import model  # needs triton
 
         return model.render(report, name)
     if "comparison" in report:
-        return side_by_side.render(report, name)
+        return comparison_tables.render(report, name)
     if "soak" in report or "large" in report:
         return endurance.render(report)
     if "warm_start" in report:

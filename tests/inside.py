@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from bench.inside import Inside as Inside
-from bench.inside import triton_kernels
+from bench.speed.inside import Inside as Inside
+from bench.speed.inside import triton_kernels
 
 
 def replace_kernels(monkeypatch: pytest.MonkeyPatch, replacement: Callable[[Any, str], Any]) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from alrp_triton import alrp_loss
 from alrp_triton.dispatch import Backend
-from bench.baselines import alrp_loss as published
+from bench.speed.baselines import alrp_loss as published
 from reference import dense
 from tests.cases import FINITE
 from tests.compare import as_numpy

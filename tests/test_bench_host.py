@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from alrp_triton import alrp_loss, checks
-from bench import host
+from bench.speed import host
 from bench.__main__ import main
-from bench.contenders import ALRP, AP, FOCAL, RANK_SORT, backends
-from bench.inside import filled, stubs, triton_kernels
+from bench.speed.contenders import ALRP, AP, FOCAL, RANK_SORT, backends
+from bench.speed.inside import filled, stubs, triton_kernels
 from tests.conftest import DEVICE, or_skip
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="Triton's kernels are compiled here, for a GPU alone")

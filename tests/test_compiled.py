@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alrp_triton import cost
-from bench import model
+from bench.machine_code import model
 from bench.gpu import results
 from bench.gpu.fit import points
 from tests.conftest import or_skip

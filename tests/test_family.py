@@ -11,8 +11,8 @@ from torch import Tensor
 import alrp_triton
 from alrp_triton import APLoss, RankSortLoss, alrp_loss, ap_loss, compat, rank_sort_loss
 from alrp_triton.dispatch import Backend
-from bench.problems import Problem
-from bench.timing import peak_memory
+from bench.speed.problems import Problem
+from bench.speed.timing import peak_memory
 from reference import dense, loop
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
@@ -346,6 +346,34 @@ def test_published_interfaces(name: str) -> None:
     assert_near(sorting, wanted.sorting, 1e-6)
     (gradient,) = torch.autograd.grad(ranking + sorting, logits)
     assert_near(gradient, wanted.grad_ranking + wanted.grad_sorting, 1e-6)
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.0])
+def test_bucketed_interfaces_are_exact_where_a_bucket_is_one_negative(delta: float) -> None:
+    """Scores that alternate, so that a bucket's mean is its negative: the published computation by hand, pair by pair."""
+    scores = np.array([2.3, 1.9, 1.2, 0.7, 0.4, 0.1, -0.6, -0.8], dtype=np.float32)
+    quality = np.array([0, 0.9, 0, 0.3, 0, 0.6, 0, 0.8], dtype=np.float32)
+    positive = quality > 0
+    difference = scores[None, :].astype(np.float64) - scores[positive][:, None]
+    step = np.clip(difference / (2 * delta) + 0.5, 0, 1) if delta else (difference >= 0).astype(np.float64)
+    false, rank = step[:, ~positive].sum(1), step.sum(1)
+    error = false / rank
+    gradient = np.zeros(8)
+    gradient[positive] = -error / 4
+    gradient[~positive] = (step[:, ~positive] * (error / np.where(false == 0, 1, false))[:, None]).sum(0) / 4
+
+    logits = torch.tensor(scores, requires_grad=True)
+    for targets in (torch.tensor(quality), torch.tensor(positive), torch.tensor(positive).long()):
+        loss = compat.BucketedAPLoss.apply(logits, targets, delta)
+        assert_near(loss, np.float64(error.mean()), 1e-6)
+        assert_near(torch.autograd.grad(loss, logits)[0], gradient, 1e-6)
+    ranking, sorting = compat.BucketedRankSort.apply(logits, torch.tensor(quality), delta)
+    assert_near(ranking, np.float64(error.mean()), 1e-6)
+    (of_both,) = torch.autograd.grad(ranking + sorting, logits)
+    wanted = loop.rank_sort_loss(scores, positive.astype(int), quality[positive], delta)
+    assert_near(of_both, wanted.grad_ranking + wanted.grad_sorting, 1e-6)
+    with pytest.raises(TypeError, match=r"targets must be a torch\.Tensor, got list"):
+        compat.BucketedAPLoss.apply(logits, [0, 1])  # pyright: ignore[reportArgumentType]
 
 
 def test_bad_settings_of_modules() -> None:

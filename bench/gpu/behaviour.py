@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..problems import Problem, as_dense
+from ..speed.problems import Problem, as_dense
 from .clock import capture
 from .losses import TRITON, losses_to_try, problem_of, record, step_of
 from .oracles import ALRP, difference

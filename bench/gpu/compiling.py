@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contenders import focal_step
-from ..problems import CASES, Problem, Size, as_dense, draw_problem
+from ..speed.contenders import focal_step
+from ..speed.problems import CASES, Problem, Size, as_dense, draw_problem
 from .losses import TRITON, losses_of, losses_to_try, problem_of, record, step_of
 from .oracles import ALRP, AP_PLAIN, RANK_SORT, difference
 from .work import Context, Record, Unit

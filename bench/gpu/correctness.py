@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 
-from ..problems import Size, as_dense, draw_problem
-from . import behaviour, compiling, extremes
+from ..speed.problems import Size, as_dense, draw_problem
+from . import behaviour
+from . import compiling
+from . import extremes
 from .oracles import (
     ALRP,
     LOSSES,

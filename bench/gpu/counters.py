@@ -25,8 +25,8 @@ from torch.cuda import profiler
 from alrp_triton import alrp_loss
 from alrp_triton.dispatch import Backend
 
-from ..contenders import take_step
-from ..problems import CASES, Size, draw_problem
+from ..speed.contenders import take_step
+from ..speed.problems import CASES, Size, draw_problem
 from ..run import ROOT
 from .work import Context, Record, Skipped, Unit
 

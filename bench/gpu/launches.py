@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from alrp_triton import alrp_loss
 
-from ..contenders import take_step
-from ..problems import CASES, Size, draw_problem
+from ..speed.contenders import take_step
+from ..speed.problems import CASES, Size, draw_problem
 from .clock import Clock
 from .work import Context, Record, Skipped, Unit
 

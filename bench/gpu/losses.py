@@ -7,7 +7,7 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 
-from ..problems import Problem, Size, draw_problem
+from ..speed.problems import Problem, Size, draw_problem
 from .oracles import ALRP, AP, LOSSES, RANK_SORT
 from .work import Context, Record
 

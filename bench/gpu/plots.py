@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .. import plots
-from ..timing import Row
+from ..speed import plots
+from ..speed.timing import Row
 from .results import slug
 from .work import Record
 

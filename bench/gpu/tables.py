@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
+from ..speed.contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..run import RESULTS
 from ..tables import commit, number, table
 from .fit import BINNED, TILED, fit, points
@@ -154,7 +154,7 @@ def _missing(what: str) -> str:
 
 def _modelled(report: Record, row: Record) -> str:
     """What :mod:`bench.model` expects of both products, for a card that it knows."""
-    from .. import model  # needs triton
+    from ..machine_code import model  # needs triton
 
     gpu = next((gpu for gpu in model.GPUS if gpu.name in report["run"]["device"]), None)
     if gpu is None or row["contender"] not in (TILED, BINNED) or row["dtype"] != "float32":

@@ -16,10 +16,10 @@ from torch import Tensor
 from alrp_triton import alrp_loss
 from alrp_triton.cost import prefer_binned
 
-from .. import baselines
-from ..contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP, Contender, copy, focal, take_step
-from ..problems import CASES, Problem, Size, as_dense, draw_problem
-from ..timing import peak_memory
+from ..speed import baselines
+from ..speed.contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP, Contender, copy, focal, take_step
+from ..speed.problems import CASES, Problem, Size, as_dense, draw_problem
+from ..speed.timing import peak_memory
 from .clock import Clock, Step, Timer, Timing, quantiles
 from .oracles import GRADIENT
 from .work import Context, Record, Unit, explain

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..probes import DeviceWatch, HostWatch, LossClock
+from ..training.probes import DeviceWatch, HostWatch, LossClock
 from .clock import quantiles
 from .work import Context, Record, Unit
 

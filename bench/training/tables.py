@@ -1,4 +1,4 @@
-"""Tables and plots of :mod:`bench.comparison`, from its result file."""
+"""Tables and plots of a study, from its result file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .tables import commit, number, table
+from ..tables import commit, number, table
 
 _METRICS = {
     "AP": "AP",
@@ -24,7 +24,7 @@ Runs = list[dict[str, Any]]
 def _by_loss(report: dict[str, Any]) -> dict[str, Runs]:
     runs: Runs = report["comparison"]
     return {
-        name: [run for run in runs if run["contender"] == name] for name in dict.fromkeys(r["contender"] for r in runs)
+        name: [run for run in runs if run["loss"] == name] for name in dict.fromkeys(r["loss"] for r in runs)
     }
 
 
@@ -41,6 +41,46 @@ def _results(report: dict[str, Any]) -> str:
         for name, runs in _by_loss(report).items()
     ]
     return table(["loss", "lr", *_METRICS.values()], lines)
+
+
+def _test(report: dict[str, Any]) -> str:
+    lines = [
+        [name, *(_mean_and_spread([run["test"][key] for run in runs], 100) for key in _METRICS)]
+        + [_mean_and_spread([run["test"]["score_iou_correlation"] for run in runs], digits=3)]
+        for name, runs in _by_loss(report).items()
+    ]
+    return table(["loss", *_METRICS.values(), "correlation of score and IoU"], lines)
+
+
+def _paired(report: dict[str, Any]) -> str:
+    """Against the first loss, seed by seed: same weights at the start, same batches."""
+    (first, base), *others = _by_loss(report).items()
+    quantities: dict[str, Callable[[dict[str, Any]], float]] = {
+        "AP": lambda run: 100 * run["evaluations"][-1]["AP"],
+        "oLRP": lambda run: 100 * run["evaluations"][-1]["oLRP"],
+        "correlation of score and IoU": lambda run: run["score_iou_correlation"],
+    }
+    lines: list[list[str]] = []
+    for name, runs in others:
+        pairs = [(one, next(b for b in base if b["seed"] == one["seed"])) for one in runs]
+        line = [name]
+        for key, of in quantities.items():
+            differences = [of(one) - of(other) for one, other in pairs]
+            least, mean, most = np.min(differences), np.mean(differences), np.max(differences)
+            digits = 3 if "correlation" in key else 1
+            line.append(f"{mean:+.{digits}f} ({least:+.{digits}f} to {most:+.{digits}f})")
+        lines.append(line)
+    return table([f"less {first}, seed by seed", *quantities], lines)
+
+
+def _course(report: dict[str, Any]) -> str:
+    by_loss = _by_loss(report)
+    steps = [entry["step"] for entry in next(iter(by_loss.values()))[0]["evaluations"]]
+    lines = [
+        [name, *(f"{100 * np.mean([run['evaluations'][index]['AP'] for run in runs]):.1f}" for index in range(len(steps)))]
+        for name, runs in by_loss.items()
+    ]
+    return table(["AP, mean of the seeds, at step", *map(str, steps)], lines)
 
 
 def ratios(run: dict[str, Any]) -> list[float]:
@@ -87,7 +127,7 @@ def _times(report: dict[str, Any]) -> str:
 def _tuning(report: dict[str, Any]) -> str:
     rates = sorted({entry["lr"] for entry in report["tuning"]})
     of = {
-        (entry["contender"], entry["lr"]): f"{100 * end['AP']:.1f}" if (end := entry["end"]) else "diverged"
+        (entry["loss"], entry["lr"]): f"{100 * end['AP']:.1f}" if (end := entry["end"]) else "diverged"
         for entry in report["tuning"]
     }
     lines = [[name, *(of.get((name, rate), "") for rate in rates)] for name in _by_loss(report)]
@@ -95,29 +135,37 @@ def _tuning(report: dict[str, Any]) -> str:
 
 
 def _conditions(report: dict[str, Any]) -> str:
-    run, times, runs = report["run"], report["times"], report["comparison"]
+    run, runs = report["run"], report["comparison"]
     settings = runs[0]["settings"]
     seeds, total = sorted({one["seed"] for one in runs}), sum(one["seconds"] for one in runs)
-    return (
+    period = "an epoch" if settings["period"] is None else f"{settings['period']} steps"
+    text = (
         f"`{report['command']}`: {len(runs)} runs of {settings['steps']} steps of {settings['batch']} images, "
-        f"{settings['optimizer']}, {settings['warm_up']} steps of warm-up, {settings['schedule']}, "
-        f"self-balancing period {settings['period']}, seeds {', '.join(map(str, seeds))}; {total / 60:.0f} minutes of "
-        "one core in all. "
-        f"Times: {times['turns']} steps of each loss in turn, at the start of training, 2 threads, "
-        f"{times['logits']:,} logits, {times['positives']} positives in the last step. {run['device']}, torch "
-        f"{run['torch']}, {commit(run)}.{_checked(report)}"
+        f"{settings['optimizer']}, {settings['warm_up']} steps of warm-up, schedule `{settings['schedule']}`, "
+        f"self-balancing period {period}, seeds {', '.join(map(str, seeds))}; {total / 60:.0f} minutes of one core in "
+        f"all. {run['device']}, torch {run['torch']}, {commit(run)}."
     )
-
-
-def _checked(report: dict[str, Any]) -> str:
-    if "checked" not in report:
-        return ""
-    of = report["checked"]
-    return f" {of['runs']} short runs, one of each loss, repeated at {commit(of)}: the same figures, bit for bit."
+    if "times" in report:
+        times = report["times"]
+        text += (
+            f" Times: {times['turns']} steps of each loss in turn, at the start of training, 2 threads, "
+            f"{times['logits']:,} logits, {times['positives']} positives in the last step."
+        )
+    if "repeated" in report:
+        of = report["repeated"]
+        text += (
+            f" The {len(of['losses'])} runs of seed {of['seed']} repeated at {commit(of)}: the same figures, bit for bit."
+        )
+    first = runs[0]["loss"]
+    study = report["command"].split()[-1]
+    return f'{text} One run once more: `python -m bench.comparison repeat {study} --loss "{first}" --seed {seeds[0]}`.'
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "results": _results,
+    "test": _test,
+    "paired": _paired,
+    "course": _course,
     "gradients": _gradients,
     "correlation": _correlation,
     "times": _times,
@@ -132,7 +180,7 @@ def render(report: dict[str, Any], name: str) -> str:
 
 
 def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """AP and balance of gradients through training, correlation of scores and IoUs, times; the files written."""
+    """AP and balance of gradients through training, correlation of scores and IoUs, times if taken; the files written."""
     import matplotlib as mpl  # tables do without
 
     mpl.use("Agg")
@@ -176,6 +224,8 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     axes.legend(fontsize=8)
     save(figure, "correlation")
 
+    if "times" not in report:
+        return written
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     times = report["times"]["losses"]
     whole, part = ([of[key][1] for of in times.values()] for key in ("step_ms", "loss_ms"))

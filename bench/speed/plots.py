@@ -9,7 +9,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from .contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
-from .report import own, rows_of
+from ..report import own, rows_of
 from .timing import Row
 
 # One colour for each contender on all plots.
