@@ -1,11 +1,12 @@
 """The published interfaces, so that a detection head written for them switches by changing one import.
 
-``aLRPLoss``, ``APLoss`` and ``RankSort`` are called with ``apply``, positionally, and return what the published
-autograd functions return, in their order. Behind them are the functions of this package; docs/migration.md lists what
-differs. New code is better off with :func:`alrp_triton.alrp_loss`, :func:`alrp_triton.ap_loss` and
-:func:`alrp_triton.rank_sort_loss`, which check more and say more.
+``aLRPLoss``, ``APLoss``, ``RankSort``, ``BucketedAPLoss`` and ``BucketedRankSort`` are called with ``apply``,
+positionally, and return what the published autograd functions return, in their order. Behind them are the functions of
+this package; docs/migration.md lists what differs. New code is better off with :func:`alrp_triton.alrp_loss`,
+:func:`alrp_triton.ap_loss` and :func:`alrp_triton.rank_sort_loss`, which check more and say more.
 """
 
+import torch
 from torch import Tensor
 
 from .checks import check_tensor
@@ -88,3 +89,37 @@ class RankSort:
         """
         out = rank_sort_loss(logits, targets, delta=delta_RS, eps=eps)
         return out.ranking, out.sorting
+
+
+class BucketedRankSort(RankSort):
+    """In place of ``BucketedRankSort`` of github.com/blisgard/BucketedRankingBasedLosses: exact at any delta.
+
+    That one replaces the negatives between two positives by their mean (Yavuz et al., ECCV 2024), which changes nothing
+    where the step is hard.
+    """
+
+
+class BucketedAPLoss:
+    """In place of ``BucketedAPLoss`` of github.com/blisgard/BucketedRankingBasedLosses: exact at any delta."""
+
+    @staticmethod
+    def apply(logits: Tensor, targets: Tensor, delta: float = DELTA) -> Tensor:
+        """What the bucketed AP Loss approximates: no AP Loss, but the ranking error of Rank & Sort Loss.
+
+        Its precision is not interpolated, and a positive is compared with itself like with any other.
+
+        Args:
+            logits: scores of all anchors and classes, any shape.
+            targets: the same shape: 1 (or any quality above 0) positive, 0 negative, -1 ignored.
+            delta: half-width of the step.
+
+        Returns:
+            The loss, 0-d.
+
+        Raises:
+            TypeError, ValueError: see :func:`alrp_triton.rank_sort_loss`.
+        """
+        check_tensor("targets", targets, "target")
+        return rank_sort_loss(
+            logits, targets.to(torch.promote_types(targets.dtype, torch.float32)), delta=delta
+        ).ranking
