@@ -63,7 +63,7 @@ docs: .venv/.dev  ## Build the documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 compare: .venv/.demo .venv/.bench  ## Train with all losses and three seeds (up to an hour); writes bench/results/comparison.json
-	$(RUN) -m bench.comparison
+	$(RUN) -m bench train
 
 bench: .venv/.bench  ## Check, then time the loss beside its baselines on a CPU; writes bench/results/cpu.json
 	$(RUN) -m bench $(BENCH)
@@ -75,10 +75,10 @@ compiled: .venv/.bench  ## Compile all kernels for GPUs that are not there, and 
 	$(RUN) -m bench compiled
 
 soak: .venv/.bench  ## 50,000 steps on changing sizes, memory watched (some minutes); writes bench/results/soak.json
-	$(RUN) -m bench.endurance soak
+	$(RUN) -m bench soak
 
 large: .venv/.bench  ## A step on 3e8 and on 2.2e9 logits, checked by hand (minutes, 14 GiB); writes bench/results/large.json
-	$(RUN) -m bench.endurance large
+	$(RUN) -m bench large
 
 tables: .venv/.bench  ## Fill the tables of README.md and docs/, and the plots, from bench/results/ again
 	$(RUN) -m bench report

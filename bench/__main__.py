@@ -1,10 +1,9 @@
-"""Command line of the benchmark: check, time, store, report; or compile and read what came out."""
+"""One command for all that is measured: speed, machine code, training, endurance; and the tables made of it."""
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,31 +11,16 @@ from unittest.mock import patch
 
 import torch
 
-from alrp_triton.functional import EPS
-
-from .training import tables as comparison_tables
-from .speed.contenders import RULE
-from .speed.gate import TOLERANCE, check
-from .gpu import results
-from .gpu import runner
-from .speed.host import TURNS, measure
-from .speed.host import markdown as host_markdown
-from .speed.problems import sizes
+from . import endurance
+from .gpu import results, runner
 from .report import fill, markdown, pages, render
 from .run import RESULTS, ROOT, describe_run, store
-from .speed.timing import SECONDS, STEADY, TRIES, sweep
-
-GROUPS = tuple(dict.fromkeys(size.group for size in sizes(quick=False)))
-
-
-def _count(text: str) -> int:
-    try:
-        number = float(text)  # 1e6 is a whole number, too
-    except ValueError:
-        number = 0.5
-    if number < 1 or not number.is_integer():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(number)
+from .speed import command as speed
+from .speed.command import count
+from .speed.contenders import RULE
+from .speed.host import TURNS, measure
+from .speed.host import markdown as host_markdown
+from .training import tables as comparison_tables
 
 
 def _report_file(text: str) -> Path:
@@ -46,24 +30,15 @@ def _report_file(text: str) -> Path:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
         help="check, then time the loss beside its baselines on a CPU; the command where none is named",
         description=f"Check, then time aLRP Loss beside its baselines, on the CPU. {RULE}",
-        epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out. "
-        "Other commands, as first word: gpu, keep FILE, report, show FILE, diff A B, compiled, host.",
+        epilog="A full run is stored in bench/results; one with --groups, --max-anchors or --quick only with --out.",
     )
-    of = ", ".join(map(repr, GROUPS))
-    run.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these, of {of}")
-    run.add_argument("--max-anchors", type=_count, metavar="N", help="leave out what is larger")
-    run.add_argument("--repeats", type=_count, default=15, metavar="N", help="turns of each at a size (default 15)")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: says which command is for GPUs")
-    run.add_argument("--threads", type=_count, metavar="N", help="of torch (default: torch's)")
-    run.add_argument("--out", type=Path, metavar="FILE", help="JSON file (default bench/results/cpu.json)")
-    run.add_argument("--quick", action="store_true", help="few and small sizes, in less than a minute")
+    speed.add_arguments(run)
     gpu = commands.add_parser(
         "gpu",
         help="all that a GPU can tell, in some minutes",
@@ -97,57 +72,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Time of a step beside focal loss: the host's on the GPU path, where stubs stand for all launches, "
         "and the whole on the CPU; launches, operations and instructions counted. Stored with --out only.",
     )
-    host.add_argument("--turns", type=_count, default=TURNS, metavar="N", help=f"default {TURNS}")
+    host.add_argument("--turns", type=count, default=TURNS, metavar="N", help=f"default {TURNS}")
     host.add_argument("--no-instructions", action="store_true", help="do without valgrind, which takes minutes")
     host.add_argument("--out", type=Path, metavar="FILE", help="JSON file")
-    if not arguments or arguments[0].startswith("-"):
+    soak = commands.add_parser("soak", help="many steps on changing sizes, all losses, memory watched")
+    soak.add_argument("--steps", type=count, default=50_000, metavar="N", help="default %(default)s")
+    soak.add_argument("--most", type=count, default=100_000, metavar="N", help="logits of a step (default %(default)s)")
+    large = commands.add_parser("large", help="one step on 3e8 and on 2.2e9 logits, checked by hand; 14 GiB")
+    for endless in (soak, large):
+        endless.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+    commands.add_parser("train", help="the losses side by side in training; train --help has more", add_help=False)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
     return parser.parse_args(arguments)
-
-
-def _run(options: argparse.Namespace) -> int:
-    if options.device == "cuda":
-        print("For a GPU there is another command: python -m bench gpu", file=sys.stderr)
-        return 2
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    run = describe_run(torch.device("cpu"))
-    wanted = [
-        size
-        for size in sizes(options.quick)
-        if size.group in (options.groups or [size.group]) and size.anchors <= (options.max_anchors or size.anchors)
-    ]
-    if not wanted:
-        print("No size is left by --groups, --max-anchors and --quick.", file=sys.stderr)
-        return 2
-    if run["load_average_before"] > 0.5:
-        print(f"Others are using this machine (load average {run['load_average_before']}).", file=sys.stderr)
-    checks = check(options.seed)
-    failed = [one for one in checks if not one.passed]
-    if failed:
-        print(f"Nothing was timed. Beyond the tolerance of {TOLERANCE:g}:", *failed, sep="\n  ", file=sys.stderr)
-        return 1
-    report: dict[str, Any] = {
-        "run": run,
-        "settings": {
-            "repeats": options.repeats,
-            "seconds": SECONDS,
-            "steady": STEADY,
-            "tries": TRIES,
-            "seed": options.seed,
-            "eps": EPS,
-            "dtype": "float32",
-        },
-        "rule": RULE,
-        "gate": {"tolerance": TOLERANCE, "checks": [asdict(one) for one in checks]},
-        "rows": [asdict(row) for row in sweep(wanted, options.repeats, options.seed)],
-    }
-    print(markdown(report))
-    partial = options.groups or options.max_anchors or options.quick
-    if options.out or not partial:
-        store(report, options.out or RESULTS / "cpu.json")
-    else:
-        print("A partial run: not stored without --out.", file=sys.stderr)
-    return 0
 
 
 def _report() -> int:
@@ -206,6 +143,17 @@ def _host(options: argparse.Namespace) -> int:
     return 0
 
 
+def _endure(options: argparse.Namespace) -> int:
+    report: dict[str, Any] = {"run": describe_run(torch.device("cpu"))}
+    if options.command == "soak":
+        report["soak"] = endurance.soak(options.steps, options.most, options.seed)
+    else:
+        report["large"] = [endurance.large(*size, options.seed) for size in endurance.LARGE]
+    print(endurance.render(report))
+    store(report, RESULTS / f"{options.command}.json")
+    return 0
+
+
 def _diff(a: Path, b: Path) -> int:
     from .diff import diff
 
@@ -219,7 +167,12 @@ def _diff(a: Path, b: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 1 if the correctness gate failed."""
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        from .training import command as training  # needs a trainer
+
+        return training.main(arguments[1:])
+    options = _parse(arguments)
     if options.command == "gpu":
         chosen = tuple(step for step in runner.STEPS if step in options.steps)
         return runner.main(runner.Options(options.out, options.minutes, options.rehearse, options.commit, chosen))
@@ -233,7 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _host(options)
     if options.command == "compiled":
         return _compiled(options.out)
-    return _report() if options.command == "report" else _run(options)
+    if options.command in ("soak", "large"):
+        return _endure(options)
+    return _report() if options.command == "report" else speed.run(options)
 
 
 if __name__ == "__main__":

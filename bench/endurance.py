@@ -1,9 +1,8 @@
 """What is too long for CI: 50,000 steps on changing sizes, and one step on more logits than 32 bits can count.
 
-``python -m bench.endurance soak`` and ``python -m bench.endurance large``; results go to bench/results/.
+``python -m bench soak`` and ``python -m bench large``; results go to bench/results/.
 """
 
-import argparse
 import math
 import time
 from typing import Any
@@ -14,11 +13,10 @@ from tqdm import tqdm
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 
-from .run import RESULTS, describe_run, store
-from .tables import table
 from .speed.timing import resident
+from .tables import table
 
-_LARGE = (
+LARGE = (
     (300_000_000, torch.float32, "torch"),
     (300_000_000, torch.float32, "numba"),
     (2_200_000_000, torch.bfloat16, "numba"),
@@ -145,27 +143,3 @@ def render(report: dict[str, Any]) -> str:
     ]
     head = ["N", "dtype", "backend", "forward s", "backward s", "rank off by", "gradient off by"]
     return f"{table(head, lines, left=3)}\n\nP = 1,000; {on}."
-
-
-def main() -> None:
-    """Run the command, print, store."""
-    parser = argparse.ArgumentParser(prog="python -m bench.endurance", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_soak = commands.add_parser("soak", help="many steps on changing sizes, all losses, memory watched")
-    of_soak.add_argument("--steps", type=int, default=50_000)
-    of_soak.add_argument("--most", type=int, default=100_000, help="logits of a step, at most")
-    of_soak.add_argument("--seed", type=int, default=0)
-    of_large = commands.add_parser("large", help="one step on 3e8 and on 2.2e9 logits, checked by hand; 14 GiB")
-    of_large.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    report: dict[str, Any] = {"run": describe_run(torch.device("cpu"))}
-    if options.command == "soak":
-        report["soak"] = soak(options.steps, options.most, options.seed)
-    else:
-        report["large"] = [large(*size, options.seed) for size in _LARGE]
-    print(render(report))
-    store(report, RESULTS / f"{options.command}.json")
-
-
-if __name__ == "__main__":
-    main()

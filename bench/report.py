@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from . import endurance
-from .training import tables as comparison_tables
-from .speed.contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .gpu import results
 from .gpu import tables as gpu_tables
-from .speed.problems import HEADLINE
 from .run import RESULTS, ROOT
-from .tables import commit, number, table
+from .speed.contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
+from .speed.problems import HEADLINE
 from .speed.timing import Row, exponents
+from .tables import commit, number, table
+from .training import tables as comparison_tables
 
 PAGES = (
     "README.md",

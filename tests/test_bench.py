@@ -5,10 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench.speed import baselines
-from bench.speed import gate
 from bench.machine_code import model
-from bench.speed import timing
+from bench.speed import baselines, gate, timing
 from bench.speed.contenders import ALRP, AP, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, RANK_SORT, SEARCH, Step, contenders
 from bench.speed.problems import CASES, SCORES, WORST, Problem, Size, make_problem, sizes
 from reference import dense

@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench.gpu import results
-from bench.gpu import runner
-from bench.gpu import tables
+from bench.gpu import results, runner, tables
 from bench.gpu.processes import Job
 from bench.gpu.work import Record
 from bench.gpu.worker import POISONED, STEPS

@@ -19,20 +19,12 @@ import torch
 
 from bench import __main__ as command
 from bench import diff
-from bench.gpu import clock
-from bench.gpu import counters
-from bench.gpu import environment
-from bench.gpu import launches
-from bench.gpu import oracles
-from bench.gpu import results
-from bench.gpu import tables
-from bench.gpu import times
-from bench.gpu import worker
+from bench.gpu import clock, counters, environment, launches, oracles, results, tables, times, worker
 from bench.gpu.compiling import Compilations
 from bench.gpu.fit import BINNED, TILED, Point, fit, points
 from bench.gpu.work import Context, Record, Skipped, Unit, plain
-from bench.speed.problems import CASES, Size, as_dense, classes_of, draw_problem
 from bench.report import fill
+from bench.speed.problems import CASES, Size, as_dense, classes_of, draw_problem
 from tests import test_loss
 from tests.cases import draw
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alrp_triton import alrp_loss, checks
-from bench.speed import host
 from bench.__main__ import main
+from bench.speed import host
 from bench.speed.contenders import ALRP, AP, FOCAL, RANK_SORT, backends
 from bench.speed.inside import filled, stubs, triton_kernels
 from tests.conftest import DEVICE, or_skip

@@ -14,9 +14,7 @@ pytest.importorskip("sklearn", reason="the comparison's data are scikit-learn's"
 
 from alrp_triton.trainer import Found
 from bench.training import command as command
-from bench.training import one
-from bench.training import studies
-from bench.training import tables
+from bench.training import one, studies, tables
 from bench.training import runs as running
 from examples import digits
 from tests.coco_data import MARKS
@@ -103,7 +101,7 @@ def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
         lines = tables.render(report, name).splitlines()
         assert [line.split("|")[1].strip() for line in lines[2:]] == ["aLRP", "focal + L1"]
     assert "4 runs of 4 steps of 8 images" in tables.render(report, "run")
-    assert '`python -m bench.comparison repeat digits --loss "aLRP" --seed 0`' in tables.render(report, "run")
+    assert '`python -m bench train repeat digits --loss "aLRP" --seed 0`' in tables.render(report, "run")
     written = tables.draw(report, tmp_path, "x")
     assert [path.name for path in written] == ["x-curves.png", "x-correlation.png", "x-times.png"]
     assert all(path.stat().st_size > 5000 for path in written)

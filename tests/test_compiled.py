@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from alrp_triton import cost
-from bench.machine_code import model
 from bench.gpu import results
 from bench.gpu.fit import points
+from bench.machine_code import model
 from tests.conftest import or_skip
 from tests.processes import ROOT, run_together
 
@@ -25,7 +25,7 @@ FORM = "( hard| in groups| of classes| of few| of some| elsewhere)"
 def records() -> list[dict[str, Any]]:
     or_skip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (done,) = run_together(["-m", "bench.machine_code", "sm_90", "fp32", "bf16"], environment=environment)
+    (done,) = run_together(["-m", "bench.machine_code.reading", "sm_90", "fp32", "bf16"], environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

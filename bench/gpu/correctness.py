@@ -14,9 +14,7 @@ from torch import Tensor
 from tests.cases import FINITE, NOT_FINITE, Case, draw
 
 from ..speed.problems import Size, as_dense, draw_problem
-from . import behaviour
-from . import compiling
-from . import extremes
+from . import behaviour, compiling, extremes
 from .oracles import (
     ALRP,
     LOSSES,

@@ -25,9 +25,9 @@ from torch.cuda import profiler
 from alrp_triton import alrp_loss
 from alrp_triton.dispatch import Backend
 
+from ..run import ROOT
 from ..speed.contenders import take_step
 from ..speed.problems import CASES, Size, draw_problem
-from ..run import ROOT
 from .work import Context, Record, Skipped, Unit
 
 _PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/bin/ncu")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..speed.contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..run import RESULTS
+from ..speed.contenders import BASELINES, BUCKETED, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..tables import commit, number, table
 from .fit import BINNED, TILED, fit, points
 from .results import by_kind, load, newest, records
@@ -153,7 +153,7 @@ def _missing(what: str) -> str:
 
 
 def _modelled(report: Record, row: Record) -> str:
-    """What :mod:`bench.model` expects of both products, for a card that it knows."""
+    """What :mod:`bench.machine_code.model` expects of both products, for a card that it knows."""
     from ..machine_code import model  # needs triton
 
     gpu = next((gpu for gpu in model.GPUS if gpu.name in report["run"]["device"]), None)

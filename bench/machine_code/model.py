@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from alrp_triton.cost import prefer_binned
 
-from .reading import CLASSES
 from ..speed.problems import CASES
 from ..tables import number, table
+from .reading import CLASSES
 
 NOTE = "Modelled from the machine code, not measured. What was measured stands above."
 

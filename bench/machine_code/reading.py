@@ -1,8 +1,8 @@
 """What the compiler made of the kernels: registers, spills, and instructions by class, from the machine code.
 
-``python -m bench.machine_code`` prints all that is read as JSON; ``python -m bench compiled`` makes tables of it. With
-a target and a dtype after it (``sm_90 fp32``) instructions are read for these alone: NVIDIA's disassembler needs half a
-second for each kernel, which is most of the time.
+``python -m bench.machine_code.reading`` prints all that is read as JSON; ``python -m bench compiled`` makes tables of
+it. With a target and a dtype after it (``sm_90 fp32``) instructions are read for these alone: NVIDIA's disassembler
+needs half a second for each kernel, which is most of the time.
 """
 
 import json

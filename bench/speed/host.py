@@ -31,11 +31,11 @@ from torch import Tensor
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss
 from alrp_triton.dispatch import Backend
 
+from ..run import ROOT, describe_run
+from ..tables import commit, number, table
 from .contenders import ALRP, AP, FOCAL, RANK_SORT, backends, ious_of
 from .inside import Count, filled, stubs
 from .problems import Problem, Size, as_dense, classes_of, draw_problem
-from ..run import ROOT, describe_run
-from ..tables import commit, number, table
 
 SMALL = Size("host", 640, 16)  # so few that no operation's time is that of its numbers
 SIZES = tuple(Size("host", *of) for of in ((1_000, 10), (10_000, 1_000), (100_000, 100), (100_000, 1_000)))

@@ -104,8 +104,8 @@ def filled() -> Generator[None]:
     """Memory that kernels would have written is 0 from the start: as an index that is in range, as a float no NaN.
 
     One function of torch stands for another, so a call costs no Python; to fill takes some tenths of a microsecond,
-    which :func:`bench.host.price_of_filling` tells. Memory that comes in another way is an error at worst and never
-    read beyond, for on a CPU torch checks the range of every index.
+    which :func:`bench.speed.host.price_of_filling` tells. Memory that comes in another way is an error at worst and
+    never read beyond, for on a CPU torch checks the range of every index.
     """
     with (
         patch.object(torch, "empty", torch.zeros),

@@ -8,8 +8,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from .contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from ..report import own, rows_of
+from .contenders import BUCKETED, DENSE, FLOOR, FOCAL, FOCAL_COMPILED, LOOP
 from .timing import Row
 
 # One colour for each contender on all plots.

@@ -1,7 +1,8 @@
-"""Trains with the losses side by side. ``python -m bench.comparison``, or ``make compare``.
+"""Trains with the losses side by side: ``python -m bench train``, or ``make compare``.
 
 Each study (``studies.py``) has its result file in ``bench/results``, from which tables and plots are made. Runs leave a
-file each in ``--work``: what is left of an interrupted comparison is taken up again. Remove it when the code has changed.
+file each in ``--work``: what is left of an interrupted comparison is taken up again. Remove it when the code has
+changed.
 """
 
 import argparse
@@ -14,13 +15,13 @@ from .runs import Job, compare, repeat, result_file, write_json
 from .studies import LOSSES, STUDIES
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.comparison", description=__doc__)
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("comparison"), help="folder of pictures and runs")
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="all runs of a study or several")
     run.add_argument("studies", nargs="*", choices=[[], *STUDIES], help="which (default: all)")
-    again = commands.add_parser("repeat", help="runs once more, to compare them with the result file, and note that there")
+    again = commands.add_parser("repeat", help="runs once more, to compare them with the result file")
     again.add_argument("study", choices=STUDIES)
     again.add_argument("--loss", choices=LOSSES, help="one loss (default: all of the study)")
     again.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -30,7 +31,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> int:
     """Compare, or do one run of a comparison."""
     options = _parse(arguments)
     if options.command == "one":
@@ -48,7 +49,4 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         for study in getattr(options, "studies", None) or STUDIES:
             store(compare(study, options.work), result_file(study))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

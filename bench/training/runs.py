@@ -60,7 +60,7 @@ def run_apart(jobs: Sequence[Job], data: Path, work: Path) -> list[dict[str, Any
     def run(job: Job) -> dict[str, Any]:
         file = work / f"{job.loss.replace(' ', '_')}-{job.lr:g}-{job.seed}-{job.steps}.json"
         if not file.exists():
-            command = [sys.executable, "-m", "bench.comparison", "one", "--data", str(data), "--file", str(file)]
+            command = [sys.executable, "-m", "bench", "train", "one", "--data", str(data), "--file", str(file)]
             command += [word for name, value in job._asdict().items() for word in (f"--{name}", str(value))]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         result = json.loads(file.read_text())
@@ -110,7 +110,7 @@ def compare(study: str, work: Path) -> dict[str, Any]:
     folder, data, other = work / study, work / of.data, work / f"{of.data}-to-tune"
     folder.mkdir(parents=True, exist_ok=True)
     write_data(of.data, data, tuning=False)
-    report: dict[str, Any] = {"run": run, "command": f"python -m bench.comparison run {study}", "about": of.about}
+    report: dict[str, Any] = {"run": run, "command": f"python -m bench train run {study}", "about": of.about}
     if of.turns:
         report["times"] = kept(folder / "times.json", lambda: time_all(study, data))
     if isinstance(of.rates, Tuned):

@@ -23,9 +23,7 @@ Runs = list[dict[str, Any]]
 
 def _by_loss(report: dict[str, Any]) -> dict[str, Runs]:
     runs: Runs = report["comparison"]
-    return {
-        name: [run for run in runs if run["loss"] == name] for name in dict.fromkeys(r["loss"] for r in runs)
-    }
+    return {name: [run for run in runs if run["loss"] == name] for name in dict.fromkeys(r["loss"] for r in runs)}
 
 
 def _mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
@@ -45,8 +43,11 @@ def _results(report: dict[str, Any]) -> str:
 
 def _test(report: dict[str, Any]) -> str:
     lines = [
-        [name, *(_mean_and_spread([run["test"][key] for run in runs], 100) for key in _METRICS)]
-        + [_mean_and_spread([run["test"]["score_iou_correlation"] for run in runs], digits=3)]
+        [
+            name,
+            *(_mean_and_spread([run["test"][key] for run in runs], 100) for key in _METRICS),
+            _mean_and_spread([run["test"]["score_iou_correlation"] for run in runs], digits=3),
+        ]
         for name, runs in _by_loss(report).items()
     ]
     return table(["loss", *_METRICS.values(), "correlation of score and IoU"], lines)
@@ -77,7 +78,10 @@ def _course(report: dict[str, Any]) -> str:
     by_loss = _by_loss(report)
     steps = [entry["step"] for entry in next(iter(by_loss.values()))[0]["evaluations"]]
     lines = [
-        [name, *(f"{100 * np.mean([run['evaluations'][index]['AP'] for run in runs]):.1f}" for index in range(len(steps)))]
+        [
+            name,
+            *(f"{100 * np.mean([run['evaluations'][index]['AP'] for run in runs]):.1f}" for index in range(len(steps))),
+        ]
         for name, runs in by_loss.items()
     ]
     return table(["AP, mean of the seeds, at step", *map(str, steps)], lines)
@@ -153,12 +157,10 @@ def _conditions(report: dict[str, Any]) -> str:
         )
     if "repeated" in report:
         of = report["repeated"]
-        text += (
-            f" The {len(of['losses'])} runs of seed {of['seed']} repeated at {commit(of)}: the same figures, bit for bit."
-        )
+        text += f" The {len(of['losses'])} runs of seed {of['seed']} repeated at {commit(of)}: the same figures, bit for bit."
     first = runs[0]["loss"]
     study = report["command"].split()[-1]
-    return f'{text} One run once more: `python -m bench.comparison repeat {study} --loss "{first}" --seed {seeds[0]}`.'
+    return f'{text} One run once more: `python -m bench train repeat {study} --loss "{first}" --seed {seeds[0]}`.'
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -180,7 +182,7 @@ def render(report: dict[str, Any], name: str) -> str:
 
 
 def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """AP and balance of gradients through training, correlation of scores and IoUs, times if taken; the files written."""
+    """AP and gradients through training, correlation of scores and IoUs, times if taken; returns the files written."""
     import matplotlib as mpl  # tables do without
 
     mpl.use("Agg")
