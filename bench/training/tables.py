@@ -157,7 +157,8 @@ def _conditions(report: dict[str, Any]) -> str:
         )
     if "repeated" in report:
         of = report["repeated"]
-        text += f" The {len(of['losses'])} runs of seed {of['seed']} repeated at {commit(of)}: the same figures, bit for bit."
+        runs_of = f"The {len(of['losses'])} runs of seed {of['seed']}"
+        text += f" {runs_of} repeated at {commit(of)}: the same figures, bit for bit."
     first = runs[0]["loss"]
     study = report["command"].split()[-1]
     return f'{text} One run once more: `python -m bench train repeat {study} --loss "{first}" --seed {seeds[0]}`.'
