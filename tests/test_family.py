@@ -1,12 +1,8 @@
-"""AP Loss and Rank & Sort Loss against the oracle on every named case and backend, and what must hold for each."""
-
-from typing import Any
+"""AP Loss and Rank & Sort Loss: their own cases, and the published interfaces of the family."""
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 import alrp_triton
 from alrp_triton import APLoss, RankSortLoss, alrp_loss, ap_loss, compat, rank_sort_loss
@@ -14,9 +10,9 @@ from alrp_triton.dispatch import Backend
 from bench.speed.problems import Problem
 from bench.speed.timing import peak_memory
 from reference import dense, loop
-from tests.cases import FINITE, NOT_FINITE, Case, draw
-from tests.compare import TOLERANCE, as_numpy, assert_balanced, assert_gradient, assert_near
-from tests.test_loss import SMALL_FP
+from tests.cases import FINITE
+from tests.compare import as_numpy, assert_balanced, assert_gradient, assert_near
+from tests.losses import ious_of
 
 BACKENDS = ("torch", "numba", "triton")
 
@@ -25,119 +21,6 @@ BACKENDS = ("torch", "numba", "triton")
 def backend(request: pytest.FixtureRequest) -> str:
     """What is of size N is the operator's, which has tests of its own for all backends."""
     return request.param
-
-
-def ious_of(case: Case) -> NDArray[np.float32]:
-    """IoUs in (0, 1], half of them with ties."""
-    ious = np.clip(1 - np.nan_to_num(case.box_errors) / 2, 0.01, 1).astype(np.float32)
-    ious[::2] = np.ceil(ious[::2] * 8) / 8
-    return ious
-
-
-def run_ap(case: Case, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    logits = torch.tensor(case.logits, device=device, dtype=dtype, requires_grad=True)
-    loss = ap_loss(logits, torch.tensor(case.targets, device=device), delta=case.delta, backend=backend, **settings)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    return loss, gradient
-
-
-def run_rank_sort(case: Case, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    logits = torch.tensor(case.logits, device=device, dtype=dtype, requires_grad=True)
-    targets, ious = torch.tensor(case.targets, device=device), torch.tensor(ious_of(case), device=device)
-    out = rank_sort_loss(logits, targets, ious, delta=case.delta, backend=backend)
-    of_ranking, of_sorting = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in out)
-    return out.ranking, out.sorting, of_ranking, of_sorting
-
-
-def tolerance_of(name: str, backend: Backend) -> float:
-    return SMALL_FP.get(name, 1e-6) if backend.startswith("triton") else 1e-6
-
-
-@pytest.mark.parametrize("interpolate", [True, False])
-@pytest.mark.parametrize("name", {**FINITE, **NOT_FINITE})
-def test_ap_against_the_oracle(name: str, interpolate: bool, backend: Backend, device: str) -> None:
-    case = {**FINITE, **NOT_FINITE}[name]
-    expected = dense.ap_loss(case.logits, case.targets, interpolate, case.delta)
-    loss, gradient = run_ap(case, backend, device, interpolate=interpolate)
-    tolerance = tolerance_of(name, backend)
-    assert_near(loss, expected.loss, tolerance, "loss")
-    assert_gradient(gradient, expected.grad_logits, tolerance)
-
-
-@pytest.mark.parametrize("name", {**FINITE, **NOT_FINITE})
-def test_rank_sort_against_the_oracle(name: str, backend: Backend, device: str) -> None:
-    case = {**FINITE, **NOT_FINITE}[name]
-    expected = dense.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
-    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device)
-    tolerance = tolerance_of(name, backend)
-    assert_near(ranking, expected.ranking, tolerance, "ranking")
-    assert_gradient(of_ranking, expected.grad_ranking, tolerance)
-    assert abs(as_numpy(sorting) - expected.sorting) <= 1e-7 or np.isnan(as_numpy(sorting) + expected.sorting)
-    # A difference of means of at most 1: its digits are those of 1.
-    assert_near(of_sorting, expected.grad_sorting, max(1e-6, 1e-13 / max(np.abs(expected.grad_sorting).max(initial=0), 1e-30)))  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["random", "hard_ties", "no_positives"])
-def test_dtypes(name: str, dtype: torch.dtype, backend: Backend, device: str) -> None:
-    case = FINITE[name]
-    case = case._replace(logits=torch.tensor(case.logits).to(dtype).float().numpy())
-    expected, tolerance = dense.ap_loss(case.logits, case.targets, True, case.delta), TOLERANCE[dtype]
-    loss, gradient = run_ap(case, backend, device, dtype)
-    assert (loss.dtype, gradient.dtype) == (torch.promote_types(dtype, torch.float32), dtype)
-    assert_near(loss, expected.loss, 1e-6)
-    assert_near(gradient, expected.grad_logits, tolerance)
-    wanted = dense.rank_sort_loss(case.logits, case.targets, ious_of(case), case.delta)
-    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device, dtype)
-    assert ranking.dtype == sorting.dtype == torch.promote_types(dtype, torch.float32)
-    assert_near(ranking, wanted.ranking, 1e-6)
-    assert_near(sorting, wanted.sorting, 1e-6)
-    assert_near(of_ranking, wanted.grad_ranking, tolerance)
-    assert_near(of_sorting, wanted.grad_sorting, tolerance)
-
-
-@pytest.mark.parametrize("name", ["random", "ties", "hard_ties", "wide_scores"])
-def test_invariants(name: str, backend: Backend, device: str) -> None:
-    case = FINITE[name]
-    negatives, positives = (torch.tensor(case.targets == k, device=device) for k in (0, 1))
-    loss, gradient = run_ap(case, backend, device)
-    ranking, sorting, of_ranking, of_sorting = run_rank_sort(case, backend, device)
-    for value in (loss, ranking, sorting):
-        assert 0 <= value <= 1
-    for grad in (gradient, of_ranking, of_sorting):
-        assert_balanced(grad, 1e-6)
-        assert not grad[~negatives & ~positives].any()
-    assert (gradient[positives] <= 0).all()
-    assert (of_ranking[positives] <= 0).all()
-    assert not of_sorting[negatives].any()
-
-    logits, targets, errors = (a[::-1].copy() for a in case[:3])
-    turned = case._replace(logits=logits, targets=targets, box_errors=errors)
-    assert_near(run_ap(turned, backend, device)[1].flip(0), gradient, 1e-6, "permutation")
-    if case.num_positives % 2:  # which IoUs are rounded does not change with the order
-        assert_near(run_rank_sort(turned, backend, device)[3].flip(0), of_sorting, 1e-6, "permutation")
-    exact = case._replace(logits=np.round(case.logits * 64) / 64)
-    shifted = exact._replace(logits=exact.logits + 32)
-    assert_near(run_ap(shifted, backend, device)[1], run_ap(exact, backend, device)[1], 1e-6, "shift")
-    assert_near(run_rank_sort(shifted, backend, device)[3], run_rank_sort(exact, backend, device)[3], 1e-6, "shift")
-
-
-def test_mutations_are_caught() -> None:
-    """A gradient that lost a thousandth of its negatives, or one entry of the sorting error, is seen."""
-    case = draw(0, 20_000, 101)
-    for good, expected in (
-        (run_ap(case)[1], dense.ap_loss(case.logits, case.targets).grad_logits),
-        (run_rank_sort(case)[2], dense.rank_sort_loss(case.logits, case.targets, ious_of(case), 1.0).grad_ranking),
-        (run_rank_sort(case)[3], dense.rank_sort_loss(case.logits, case.targets, ious_of(case), 1.0).grad_sorting),
-    ):
-        assert_gradient(good, expected, 1e-6)
-        active = np.flatnonzero(np.abs(expected) > np.abs(expected).max() / 100)
-        dropped = good.clone()
-        dropped[torch.tensor(active[:: max(len(active) // 20, 1)])] = 0
-        with pytest.raises(AssertionError):
-            assert_gradient(dropped, expected, 1e-6)
-        with pytest.raises(AssertionError, match="sum to"):
-            assert_balanced(dropped, 1e-6)
 
 
 def test_without_interpolation_ap_is_the_classification_part_of_alrp(backend: Backend, device: str) -> None:
