@@ -1,5 +1,7 @@
 """How a result is held against the oracle: elementwise, scaled to the largest entry, and by what must balance."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -41,6 +43,19 @@ def assert_gradient(actual: ArrayLike | Tensor, expected: ArrayLike | Tensor, to
     assert_near(actual, expected, tolerance, "gradient")
     if np.isfinite(as_numpy(expected)).all():
         assert_balanced(actual, tolerance)
+
+
+def assert_blend(
+    found: Sequence[Tensor], own: Sequence[Tensor], ranked: Sequence[Tensor], share: float, rounded: int = 0
+) -> None:
+    """What a step of a warm start gives is what one without a ranking loss and one with it alone give, by their shares.
+
+    Where one of them has all of it, bit for bit; elsewhere the last values are left out that are ``rounded`` too much.
+    """
+    if share in (0, 1):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, ranked if share else own, strict=True))
+    for ours, first, second in list(zip(found, own, ranked, strict=True))[: len(found) - rounded]:
+        assert_near(ours, (1 - share) * first.double() + share * second.double(), 1e-6, f"with {share} of the ranking")
 
 
 # Half a unit in the last place of the output, doubled for the float32 sums of the tiled kernels.

@@ -138,7 +138,7 @@ def test_a_training_its_checkpoints_and_its_resume(data: Path, tmp_path: Path) -
         assert_near(value, seen["epochs"][-1][key], 0.1 if key.endswith("weight") else 0.0, key)
     assert after["criteria"][0][0].updates == 3
 
-    plain = YOLO("yolo26n.yaml")  # a warm start: cross entropy, and then a ranking
+    plain = YOLO("yolo26n.yaml")  # cross entropy in one run, and a ranking in the next
     plain.train(**settings(data, tmp_path, name="plain", epochs=2, save_period=1))
     other = YOLO(on_the_way)
     use_ranking_loss(other, "rank_sort")
@@ -186,6 +186,42 @@ def test_the_balance_goes_back_with_the_model(data: Path, tmp_path: Path) -> Non
     validated = seen["criteria"][-1][1]
     assert validated is not seen["criteria"][0][1]
     assert list(ultralytics_criterion.losses_in(validated).values()) == list(losses.values())
+
+
+def test_a_training_with_a_warm_start(data: Path, tmp_path: Path) -> None:
+    """Its first epoch is that of a training without a ranking loss; the count is in checkpoints, and goes on from them."""
+
+    def rows(name: str) -> list[dict[str, float]]:
+        with (tmp_path / name / "results.csv").open() as file:
+            return [{key: float(value) for key, value in row.items() if "loss" in key} for row in csv.DictReader(file)]
+
+    def counts(states: list[dict[str, Tensor]]) -> list[int]:
+        return [int(state["head.warm_start.steps"]) for state in states]
+
+    YOLO("yolo11n.yaml").train(**settings(data, tmp_path, name="plain"))
+    yolo = YOLO("yolo11n.yaml")
+    losses = use_ranking_loss(yolo, "alrp", backend="torch", warm_start=3)
+    seen = watched(yolo, losses)
+    yolo.train(**settings(data, tmp_path, save_period=1))
+    plain, ours = rows("plain"), rows("run")
+    for part in ("box", "cls", "dfl"):
+        key = f"train/{part}_loss"
+        assert ours[0][key] == plain[0][key]
+        assert part == "dfl" or ours[1][key] != plain[1][key], key
+    assert counts(seen["start"]) == [0, 3, 6]
+    assert counts(seen["epochs"]) == [3, 6, 9]  # validations are no steps
+    assert ours[2]["train/cls_loss"] < GAIN < ours[0]["train/cls_loss"]  # the ranking alone, and their own
+
+    resumed = YOLO(tmp_path / "run" / "weights" / "epoch1.pt")
+    after = watched(resumed, use_ranking_loss(resumed, "alrp", backend="torch", warm_start=3))
+    resumed.train(resume=True, device="cpu")
+    assert counts(after["start"] + after["epochs"]) == [6, 9]
+    other = YOLO(tmp_path / "run" / "weights" / "epoch1.pt")
+    use_ranking_loss(other, "alrp")
+    with pytest.raises(ValueError, match=r"warm_start.steps.*call use_ranking_loss as before"):
+        other.train(resume=True, device="cpu")
+    yolo.train(**settings(data, tmp_path, epochs=1))
+    assert counts(seen["start"][3:]) == [0]
 
 
 def test_callbacks_reach_other_processes(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ auxiliary outputs, denoising and weights stay.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ def use_ranking_loss(
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
+    warm_start: int = 0,
 ) -> QueryLosses:
     """Makes a criterion rank the class scores of its outputs, in place of its focal, varifocal or other class loss.
 
@@ -59,6 +61,8 @@ def use_ranking_loss(
         process_group: see :class:`HeadLoss`.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
+        warm_start: steps with the criterion's own losses, over as many more the ranking takes over. For a beginning in
+            which no score means anything yet.
 
     Returns:
         The losses, :class:`HeadLoss` by the name of the output, ``"last"``, ``"auxiliary_0"``, ``"encoder"``,
@@ -67,8 +71,8 @@ def use_ranking_loss(
 
     Raises:
         TypeError: a criterion of another shape, or one that scores by a softmax with a "no object" class, as DETR's.
-            ValueError: no weight for ``"loss_giou"`` with ``"alrp"``, ``box_weight`` without it; and what
-            :class:`HeadLoss` raises. The criterion is then as before.
+            ValueError: no weight for ``"loss_giou"`` with ``"alrp"``, or several with ``warm_start``; ``box_weight``
+            without ``"alrp"``; and what :class:`HeadLoss` raises. The criterion is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """
@@ -86,10 +90,13 @@ def use_ranking_loss(
         process_group=process_group,
         gradient_reduction=gradient_reduction,
         backend=backend,
+        warm_start=warm_start,
     )
+    weights = before.weights if before and before.weights is not None else getattr(criterion, "weight_dict", None)
+    giou_weight = _giou_weight(weights, warm_start) if warm_start and loss == "alrp" else 1.0
     remove_ranking_loss(criterion)
     criterion.ranking_loss = losses.train(criterion.training)
-    Ranking(criterion, losses).put_in()
+    Ranking(criterion, losses, giou_weight=giou_weight).put_in()
     return losses
 
 
@@ -135,3 +142,14 @@ def _check_shape(methods: dict[str, Any], criterion: nn.Module, loss: Loss) -> N
                 f"criterion must have a weight for {GIOU!r}, in whose place aLRP's localisation part stands; "
                 f"{type(criterion).__name__}.weight_dict has {', '.join(map(repr, weights)) or 'none'}"
             )
+
+
+def _giou_weight(weights: Mapping[str, float] | None, warm_start: int) -> float:
+    """That of the criterion's own GIoU loss. Which output it is asked about is known here, but not its key."""
+    found = sorted({float(weight) for key, weight in (weights or {}).items() if key.startswith(GIOU)})
+    if len(found) != 1:
+        raise ValueError(
+            f"warm_start with loss 'alrp' needs one weight of {GIOU!r} for all outputs, in weight_dict, to give it to "
+            f"the criterion's own; got {', '.join(map(str, found)) or 'none'} with warm_start={warm_start}"
+        )
+    return found[0]

@@ -216,9 +216,19 @@ class HeadLoss(nn.Module):
         scores = _positive_scores(logits.detach(), targets, errors.numel(), self.criterion.backend)
         return self._weighted(ranked.total, self._mean(errors, scores))
 
+    @property
+    def share(self) -> float:
+        """That of the ranking in this step: 1 but for a warm start."""
+        return 1.0 if self.warm_start is None else self.warm_start.share
+
     def blended(self, own: Callable[[], tuple[Tensor, ...]], ranked: Callable[[], HeadLosses]) -> HeadLosses:
         """The ranked losses; in a warm start, and until the ranking has taken over, the library's own with them."""
         return ranked() if self.warm_start is None else HeadLosses(*self.warm_start(own, ranked))
+
+    def count_step(self) -> None:
+        """Moves the warm start on, where there is one; see :meth:`WarmStart.count`."""
+        if self.warm_start is not None:
+            self.warm_start.count()
 
     def mask_loss(self, mask_logits: Tensor, mask_targets: Tensor, scores: Tensor, classification: Tensor) -> Tensor:
         """The loss of a mask branch beside Rank & Sort Loss: dice, its mean weighted by scores, balanced by value.

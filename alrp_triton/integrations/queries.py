@@ -18,6 +18,7 @@ from ..distributed import ProcessGroup
 from . import methods
 from .box_errors import Boxes, at_least_float32
 from .head_loss import DetectorLoss, HeadLoss, HeadLosses, check_box_weight
+from .warm_start import WarmStart, check_warm_start
 
 try:
     from torchvision.ops import box_convert
@@ -36,19 +37,23 @@ class QueryLosses(DetectorLoss):
     ``"denoising_0"`` and so on.
 
     Args:
-        names: of those that are made at once.
+        names: of those that are made at once, ``"last"`` among them.
+        warm_start: steps with the library's own losses. The loss of ``"last"`` has it, and it is that of all outputs.
         arguments: of each :class:`HeadLoss`; its box loss is GIoU.
 
     Raises:
-        ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` raises.
+        TypeError, ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` and
+            :func:`check_warm_start` raise.
     """
 
-    def __init__(self, names: Iterable[str] = (LAST,), **arguments: Any) -> None:
+    def __init__(self, names: Iterable[str] = (LAST,), *, warm_start: int = 0, **arguments: Any) -> None:
         super().__init__()
         check_box_weight(arguments["loss"], arguments["box_weight"])
+        warm_start = check_warm_start(warm_start)
         self.arguments: dict[str, Any] = {**arguments, "box_loss": "giou"}
         for name in names:
             self.of(name)
+        self[LAST].warm_start = WarmStart(warm_start) if warm_start else None
 
     def of(self, name: str) -> HeadLoss:
         """The loss of an output, a new one at the first time."""
@@ -145,10 +150,21 @@ class Ranking:
         criterion: as this module says.
         losses: of its outputs.
         other_names: that some of the outputs are to have, by those that they would have.
+        giou_weight: that the library gives to its own ``loss_giou``, of all outputs; for a warm start.
     """
 
-    def __init__(self, criterion: Any, losses: QueryLosses, other_names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        criterion: Any,
+        losses: QueryLosses,
+        other_names: Mapping[str, str] | None = None,
+        giou_weight: float = 1.0,
+    ) -> None:
         self.criterion, self.losses, self.other_names = criterion, losses, other_names or {}
+        self.giou_weight = giou_weight
+        self.gious: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        """In a blend, by the identity of an output's logits: these, so that they live as long, and who has said which
+        part of ``loss_giou``."""
         self.ranks_boxes = losses.arguments["loss"] == "alrp"
         self.names: dict[int, str] = {}  # by the identity of logits, in forward
         self.asked: list[str] = []
@@ -185,16 +201,17 @@ class Ranking:
     def forward(self, outputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Where outputs share logits the first name counts.
         self.names = {id(logits): name for name, logits in reversed(list(_named(outputs)))}
-        self.asked = []
+        self.asked, self.gious = [], {}
         self.scale = self._scale(outputs, args, kwargs)
         try:
             values = self.originals["forward"](outputs, *args, **kwargs)
         finally:
-            self.names = {}
+            self.names, self.gious = {}, {}
         if not self.asked and isinstance(logits_of(outputs), Tensor):
             raise RuntimeError(
                 f"nothing was ranked: {type(self.criterion).__name__} has not called {', '.join(self._labels())}"
             )
+        self.losses[LAST].count_step()
         return values
 
     def _labels(self) -> list[str]:
@@ -210,7 +227,9 @@ class Ranking:
     def labels(
         self, method: str, outputs: Mapping[str, Any], targets: Any, indices: Any, num_boxes: Any, *args: Any, **kw: Any
     ) -> dict[str, Any]:
-        with torch.no_grad():  # for its key, and for what it has beside, for logs
+        start = self.losses[LAST]
+        # But for a warm start it is called for its key, and for what it has beside, for logs.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start.share < 1):
             values = dict(self.originals[method](outputs, targets, indices, num_boxes, *args, **kw))
         keys = [key for key in values if key.startswith("loss")]
         if len(keys) != 1:
@@ -220,14 +239,35 @@ class Ranking:
         name = self.names.get(id(logits)) or (f"other_{len(self.asked)}" if self.names else LAST)
         name = self.other_names.get(name, name)
         self.asked.append(name)
-        groups = self._groups(logits.shape[1])
-        out = ranked(self.losses.of(name), logits, outputs["pred_boxes"], targets, indices, groups)
-        values[keys[0]] = out.classification * self.scale
-        return {**values, GIOU: out.box * self.scale} if self.ranks_boxes else values
+        own, head_loss = values[keys[0]], self.losses.of(name)
 
-    def boxes(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        values = self.originals["loss_boxes"](*args, **kwargs)
-        return {key: value for key, value in values.items() if key != GIOU}
+        def ranking() -> HeadLosses:
+            groups = self._groups(logits.shape[1])
+            out = ranked(head_loss, logits, outputs["pred_boxes"], targets, indices, groups)
+            return HeadLosses(out.classification * self.scale, out.box * self.scale)
+
+        out = start.blended(lambda: (own, torch.zeros_like(own)), ranking)  # boxes() has their box loss
+        values[keys[0]] = out.classification
+        if not self.ranks_boxes or start.share == 0:
+            return values
+        return {**values, GIOU: out.box if start.share == 1 else self._giou("labels", logits, out.box)}
+
+    def boxes(self, outputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        values = self.originals["loss_boxes"](outputs, *args, **kwargs)
+        others = {key: value for key, value in values.items() if key != GIOU}
+        left = 1 - self.losses[LAST].share
+        if left == 0 or GIOU not in values:
+            return others
+        return {**others, GIOU: self._giou("boxes", logits_of(outputs), values[GIOU] * (left * self.giou_weight))}
+
+    def _giou(self, method: str, logits: Tensor, part: Tensor) -> Tensor:
+        """``loss_giou`` of an output, as far as it has been said; the criterion keeps what it gets last.
+
+        Neither method could say it all: D-FINE's pairs of boxes are other ones than those of classes.
+        """
+        _, parts = self.gious.setdefault(id(logits), (logits, {}))
+        parts[method] = part
+        return torch.stack(list(parts.values())).sum()
 
     def _groups(self, queries: int) -> int:
         """As LW-DETR and RF-DETR match them: in training alone."""

@@ -78,9 +78,9 @@ class DenseHead(Head):
             theirs = self.original("compute_loss", targets, outputs, anchors, matched)
             return tuple(theirs[name] for name in names)
 
-        return dict(
-            zip(names, self.loss.blended(own, lambda: self.ranked(targets, outputs, anchors, matched)), strict=True)
-        )
+        found = self.loss.blended(own, lambda: self.ranked(targets, outputs, anchors, matched))
+        self.loss.count_step()
+        return dict(zip(names, found, strict=True))
 
     def ranked(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]

@@ -62,6 +62,7 @@ def use_ranking_loss(
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
+    warm_start: int = 0,
 ) -> QueryLosses:
     """Makes a detector of transformers rank its class scores, in place of focal, varifocal or matching-aware loss.
 
@@ -91,6 +92,8 @@ def use_ranking_loss(
         process_group: see :class:`HeadLoss`.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
+        warm_start: steps with the model's own losses, over as many more the ranking takes over. For a beginning in
+            which no score means anything yet.
 
     Returns:
         The losses, :class:`HeadLoss` by the name of the output: ``"last"``, ``"auxiliary_0"`` and so on, ``"encoder"``,
@@ -99,7 +102,8 @@ def use_ranking_loss(
     Raises:
         TypeError: a model that is none of these, such as one that scores by a softmax with a "no object" class: DETR,
             YOLOS, Table Transformer. ValueError: its config scores by a softmax; ``box_weight`` without aLRP; and what
-            :class:`HeadLoss` raises. The model is then as before.
+            :class:`HeadLoss` raises. The model is then as before. In a step with ``warm_start``, ValueError: the
+            model's own loss takes queries of denoising for detections, as before transformers 5.18.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """
@@ -135,6 +139,7 @@ def use_ranking_loss(
         process_group=process_group,
         gradient_reduction=gradient_reduction,
         backend=backend,
+        warm_start=warm_start,
     )
     # The RT-DETR family has the encoder's proposals behind the auxiliary layers, in one list.
     other_names = {f"auxiliary_{layers - 1}": "encoder"} if family.denoising else {}
@@ -212,9 +217,16 @@ class RankingLossFunction:
         theirs = self.original.__globals__[self.criterion]
         denoising = kwargs.get("denoising_meta_values")
         made: list[_Ranking] = []
+        giou_weight = 1.0
+        if self.losses.arguments["loss"] == "alrp":  # Ranking gives what is weighted
+            config = copy.copy(config)
+            for name in _GIOU_WEIGHTS:
+                if hasattr(config, name):
+                    giou_weight = getattr(config, name)
+                    setattr(config, name, type(giou_weight)(1))  # int or float, which configs insist on
 
         def criterion(*args: Any, **options: Any) -> Any:
-            ranking = _Ranking(theirs(*args, **options), self.losses, self.other_names)
+            ranking = _Ranking(theirs(*args, **options), self.losses, self.other_names, giou_weight)
             ranking.split = None if denoising is None else tuple(denoising["dn_num_split"])
             made.append(ranking)
             return ranking.put_in().criterion
@@ -222,11 +234,6 @@ class RankingLossFunction:
         names = {**self.original.__globals__, self.criterion: criterion}
         function = FunctionType(self.original.__code__, names, None, self.original.__defaults__)
         function.__kwdefaults__ = self.original.__kwdefaults__
-        if self.losses.arguments["loss"] == "alrp":  # HeadLoss has weighted them
-            config = copy.copy(config)
-            for name in _GIOU_WEIGHTS:
-                if hasattr(config, name):
-                    setattr(config, name, type(getattr(config, name))(1))  # int or float, which configs insist on
         try:
             loss, parts, *rest = function(logits, labels, device, pred_boxes, config, *args, **kwargs)
         finally:
@@ -245,6 +252,12 @@ class _Ranking(Ranking):
         # transformers before 5.18 (DEIMv2 without auxiliary losses: in all versions) matches and scores those of
         # denoising as if they were detections.
         if self.split is not None and outputs["logits"].shape[1] == sum(self.split):
+            if self.losses[LAST].share < 1:
+                raise ValueError(
+                    "warm_start must be 0 where the model's own loss matches queries of denoising as if they were "
+                    "detections, as before transformers 5.18, and in DEIMv2 without auxiliary_loss; or train with "
+                    "num_denoising=0"
+                )
             detections = {name: outputs[name][:, self.split[0] :] for name in ("logits", "pred_boxes")}
             outputs = {**outputs, **detections}
         return super().forward(outputs, *args, **kwargs)

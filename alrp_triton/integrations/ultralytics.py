@@ -24,6 +24,7 @@ from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .head_loss import DetectorLoss, HeadLoss, Loss, check_box_weight
 from .ultralytics_criterion import BRANCHES, HEAD, NEEDS, losses_in, put_in, raise_scores, take_out
+from .warm_start import WarmStart, check_warm_start
 
 try:
     from ultralytics.engine.model import Model
@@ -49,6 +50,7 @@ def use_ranking_loss(
     process_group: ProcessGroup | None = None,
     gradient_reduction: GradientReduction = "mean",
     backend: Backend = "auto",
+    warm_start: int = 0,
 ) -> DetectorLoss:
     """Makes a YOLO model of Ultralytics rank its class scores, in place of binary cross entropy.
 
@@ -64,9 +66,9 @@ def use_ranking_loss(
 
     A ``YOLO`` is given callbacks, which put the loss into the model that its trainer makes, and into the average that
     the trainer validates, on all processes; the callbacks stay for the next ``train``. A new run begins with an empty
-    balance. What has been balanced so far is with the optimizer's state in a checkpoint, and so neither in
-    ``best.pt`` nor in what else ``strip_optimizer`` leaves: ``model = YOLO("last.pt")``, this call again, and
-    ``model.train(resume=True)`` go on with it.
+    balance, and its warm start anew. What has been balanced and counted so far is with the optimizer's state in a
+    checkpoint, and so neither in ``best.pt`` nor in what else ``strip_optimizer`` leaves: ``model = YOLO("last.pt")``,
+    this call again, and ``model.train(resume=True)`` go on with it.
 
     A ``DetectionModel`` is for a loop of your own; save the ``state_dict()`` of what is returned. Call it when the
     model is on its device and has its ``args``, with the gains, and before ``DistributedDataParallel``.
@@ -84,11 +86,14 @@ def use_ranking_loss(
         prior: the greatest score that an untrained head begins with; published: 0.01. A ranking leaves the level of
             scores where it is, and those of an untrained YOLO are so low that its validation, which looks at none
             below 0.001, would find nothing to the end. So the biases of all classes and levels are raised by one
-            number, which no ranking sees. Scores of a head that has been trained are left alone. None: all are.
+            number, which no ranking sees. Scores of a head that has been trained are left alone. None: all are; so it
+            is in a warm start, for cross entropy sees the level, and raises it where there is something.
         process_group: see :class:`HeadLoss`. Of a ``YOLO`` None or ``"world"``, for its trainer makes the processes. A
             validation loss is ranked in each process alone.
         gradient_reduction: see :class:`HeadLoss`.
         backend: see :class:`HeadLoss`.
+        warm_start: steps with Ultralytics' own losses, over as many more the ranking takes over. For a beginning in
+            which no score means anything yet. The gains are the same for both.
 
     Returns:
         The losses, :class:`HeadLoss` by the name of the branch: ``"head"``, or ``"one2many"`` and ``"one2one"``. Called
@@ -96,8 +101,8 @@ def use_ranking_loss(
 
     Raises:
         TypeError: another model, such as RT-DETR, one of classification, or one that is wrapped. ValueError:
-            ``box_weight`` without aLRP; ``args`` of a ``DetectionModel`` without gains; class weights, ``cls_pw``; and
-            what :class:`HeadLoss` raises. The model is then as before.
+            ``box_weight`` without aLRP; ``args`` of a ``DetectionModel`` without gains; class weights, ``cls_pw``;
+            another ``prior`` with ``warm_start``; and what :class:`HeadLoss` raises. The model is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """
@@ -110,10 +115,18 @@ def use_ranking_loss(
         )
     if prior is not None:
         prior = check_number("prior", prior, 1e-9, 1.0, high_open=True)
+    warm_start = check_warm_start(warm_start)
+    if warm_start:
+        if prior not in (None, PRIOR):
+            raise ValueError(
+                f"prior must be left as it is with warm_start={warm_start}, whose cross entropy begins with the scores "
+                f"that the model has; got {prior}"
+            )
+        prior = None
     of_trainer = trained and period is None
 
     def head_loss() -> HeadLoss:
-        return HeadLoss(
+        made = HeadLoss(
             loss,
             period="later" if of_trainer else period,
             initial_weight=initial_weight,
@@ -125,6 +138,8 @@ def use_ranking_loss(
             gradient_reduction=gradient_reduction,
             backend=backend,
         )
+        made.warm_start = WarmStart(warm_start) if warm_start else None
+        return made
 
     two = getattr(inner.model[-1], "one2one_cv2", None) is not None
     losses = DetectorLoss({name: head_loss() for name in (BRANCHES if two else (HEAD,))})
@@ -216,7 +231,7 @@ class _Run:
         if not trainer.resume:
             group.pop(self.key, None)
         elif self.empty["state"] and self.key not in group:
-            LOGGER.warning("The checkpoint has no state of a ranking loss, whose balance begins anew.")
+            LOGGER.warning("The checkpoint has no state of a ranking loss, which begins anew.")
         self.known = group.setdefault(self.key, self.empty)
         self._load(trainer)
         for model in self._models(trainer):

@@ -9,7 +9,7 @@ it asks for its assigner, its loss of classes and its loss of boxes, it finds on
 import copy
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..modules import ALRPLoss, RankSortLoss
 from .box_errors import Boxes, at_least_float32
-from .head_loss import HeadLoss
+from .head_loss import HeadLoss, HeadLosses
 
 NEEDS = "this integration needs ultralytics>=8.4.140"
 try:
@@ -58,31 +58,48 @@ class Ranking:
         self.decoded: _Decoded | None = None
         self.assigned: _Assigned | None = None
         self.box: Tensor | None = None
-        """aLRP's localisation part, until the criterion asks for it."""
+        """aLRP's localisation part, until the criterion asks for it; in a warm start its share of it."""
+        self.share = 1.0
+        """That of the ranking in this step."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranking":
         return Ranking(copy.deepcopy(self.head_loss, memo), memo.get(id(self.model), self.model))
 
-    def classification(self, logits: Tensor) -> Tensor:
-        """0-d, of logits ``(B, A, C)``: all images and levels are one ranking."""
+    def classification(self, logits: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        """0-d, of logits ``(B, A, C)``: all images and levels are one ranking. ``own``: the criterion's sum, 0-d."""
+        assert self.assigned is not None
+        # The criterion divides by this sum, for its own loss is one.
+        normaliser = self.assigned.scores.sum().clamp(min=1)
+
+        def ranked() -> HeadLosses:
+            classification, box = self._ranked(logits)
+            return HeadLosses(classification * normaliser, box)
+
+        with self._of_this_step():
+            self.share = self.head_loss.share
+            # Their box loss they ask for themselves.
+            found = self.head_loss.blended(lambda: (own(), torch.zeros_like(normaliser)), ranked)
+            self.head_loss.count_step()
+            self.box = found.box if isinstance(self.head_loss.criterion, ALRPLoss) else None
+            return found.classification
+
+    def _ranked(self, logits: Tensor) -> HeadLosses:
         assert self.assigned is not None
         points, labels, boxes, scores, positive = self.assigned
         positive = positive.bool()  # of older versions it is a number where no image has an object
-        with self._of_this_step():
-            if isinstance(self.head_loss.criterion, RankSortLoss):
-                grades = scores.detach().amax(-1)
-                # Of score 0 are negatives, to the library and in the published loss. NaN is not, so that it is seen.
-                positive = positive & (grades != 0)
-                return self.head_loss.criterion(logits, _indices(logits, labels, positive), grades[positive]).total
-            targets, (image, anchor) = _indices(logits, labels, positive), positive.nonzero(as_tuple=True)
-            if not isinstance(self.head_loss.criterion, ALRPLoss):
-                return self.head_loss.criterion(logits, targets, num_positives=len(anchor))
-            assert self.decoded is not None
-            stride = at_least_float32(points) / at_least_float32(self.decoded.points)
-            predicted = at_least_float32(self.decoded.boxes[image, anchor]) * stride.repeat(1, 2)[anchor]
-            ranked = self.head_loss(logits, targets, Boxes(predicted, at_least_float32(boxes[image, anchor])))
-            self.box = ranked.box
-            return ranked.classification
+        criterion, no_box = self.head_loss.criterion, scores.new_zeros(())
+        if isinstance(criterion, RankSortLoss):
+            grades = scores.detach().amax(-1)
+            # Of score 0 are negatives, to the library and in the published loss. NaN is not, so that it is seen.
+            positive = positive & (grades != 0)
+            return HeadLosses(criterion(logits, _indices(logits, labels, positive), grades[positive]).total, no_box)
+        targets, (image, anchor) = _indices(logits, labels, positive), positive.nonzero(as_tuple=True)
+        if not isinstance(criterion, ALRPLoss):
+            return HeadLosses(criterion(logits, targets, num_positives=len(anchor)), no_box)
+        assert self.decoded is not None
+        stride = at_least_float32(points) / at_least_float32(self.decoded.points)
+        predicted = at_least_float32(self.decoded.boxes[image, anchor]) * stride.repeat(1, 2)[anchor]
+        return self.head_loss(logits, targets, Boxes(predicted, at_least_float32(boxes[image, anchor])))
 
     @contextmanager
     def _of_this_step(self) -> Generator[None]:
@@ -137,17 +154,18 @@ class _Ranked:
         return assigned
 
     def _classification(self, logits: Tensor, targets: Tensor) -> Tensor:
-        assert self.ranking.assigned is not None
-        scores = self.ranking.assigned.scores  # targets are these, in half precision maybe
-        # The criterion divides by this sum, for its own loss is one.
-        return self.ranking.classification(logits) * scores.sum().clamp(min=1)
+        # Targets are the assigner's scores, in half precision maybe.
+        return self.ranking.classification(logits, lambda: vars(self)["bce"](logits, targets).sum())
 
     def _box(self, *args: Any, **kwargs: Any) -> Any:
         overlap, *others = vars(self)["bbox_loss"](*args, **kwargs)
         if self.ranking.box is not None:
             # Both parts of aLRP Loss have the gain of the classes: what balances them is not to be undone.
             gain = self.hyp.cls / self.hyp.box if self.hyp.box else 0.0
-            overlap, self.ranking.box = self.ranking.box * gain, None
+            own, overlap = overlap, self.ranking.box * gain
+            if self.ranking.share < 1:
+                overlap = overlap + own * (1 - self.ranking.share)
+            self.ranking.box = None
         return (overlap, *others)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

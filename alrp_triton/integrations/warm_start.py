@@ -19,8 +19,7 @@ def check_warm_start(warm_start: object) -> int:
 class WarmStart(nn.Module):
     """The first ``length`` steps have one loss; in as many more the other takes over, linearly.
 
-    The count of steps is a buffer, in the ``state_dict``; the host waits for it once after loading. In ``eval`` mode,
-    and where gradients are disabled, nothing is counted.
+    The count of steps is a buffer, in the ``state_dict``; the host waits for it once after loading.
     """
 
     steps: Tensor
@@ -33,7 +32,7 @@ class WarmStart(nn.Module):
 
     @property
     def share(self) -> float:
-        """That of the second loss in the next step."""
+        """That of the second loss in this step."""
         if self._known is None:
             self._known = int(self.steps)
         return min(max((self._known + 1 - self.length) / (self.length + 1), 0.0), 1.0)
@@ -41,16 +40,18 @@ class WarmStart(nn.Module):
     def forward(self, first: Callable[[], Parts], second: Callable[[], Parts]) -> Parts:
         """The parts of both losses, blended; a loss of which nothing is taken is not computed."""
         share = self.share
-        if self.training and torch.is_grad_enabled():
-            assert self._known is not None
-            self._known += 1
-            self.steps.fill_(self._known)
         if share == 1:
             return second()
         if share == 0:
             return first()
         pairs = zip(first(), second(), strict=True)
         return tuple(one * (1 - share) + other * share for one, other in pairs)
+
+    def count(self) -> None:
+        """The step is over. In ``eval`` mode, and where gradients are disabled, it was none."""
+        if self.training and torch.is_grad_enabled():
+            self._known = (int(self.steps) if self._known is None else self._known) + 1
+            self.steps.fill_(self._known)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
