@@ -24,6 +24,8 @@ try:
 except ImportError as missing:
     raise ImportError("the integrations need torchvision, in the version that fits your torch") from missing
 
+__all__ = ["QueryLosses"]
+
 LAST = "last"
 GIOU = "loss_giou"
 _WORDS = {"aux": "auxiliary", "enc": "encoder", "dn": "denoising", "outputs": ""}  # of the keys of outputs

@@ -32,6 +32,8 @@ try:
 except ImportError as missing:
     raise ImportError("this integration needs transformers>=5.0, scipy and torchvision") from missing
 
+__all__ = ["load_ranking_loss", "remove_ranking_loss", "use_ranking_loss"]
+
 
 class _Family(NamedTuple):
     criterion: str  # the class that the loss function makes its criterion of
