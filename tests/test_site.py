@@ -14,7 +14,8 @@ from tests.processes import ROOT
 
 
 def test_navigation_has_every_page() -> None:
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} | {notebook.PAGE}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} | {notebook.PAGE}
     listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(pages)
 
