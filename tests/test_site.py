@@ -78,6 +78,15 @@ def test_notebook_becomes_a_page() -> None:
     assert notebook.on_page_markdown(f"[a](../{notebook.NOTEBOOK})", page=None) == f"[a]({notebook.PAGE})"
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_code_fits_in_80_columns(page: Path) -> None:
+    """So that nobody has to scroll it sideways."""
+    blocks = re.findall(r"^ *```[^\n`]*\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_links_stay_inside(page: Path) -> None:
     """What lies outside of docs/ is no page of the site; the notebook is, by a hook."""
