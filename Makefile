@@ -59,7 +59,7 @@ lint: .venv/.dev  ## Check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-docs: .venv/.dev  ## Build the documentation's site, in site/
+docs: .venv/.docs  ## Build the documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 compare: .venv/.demo .venv/.bench  ## Train with all losses and three seeds (up to an hour); writes bench/results/comparison.json

@@ -18,7 +18,8 @@ def localisation_error(iou: Tensor, tau: float = TAU) -> Tensor:
         Shape and dtype of ``iou``, differentiable.
 
     Raises:
-        TypeError: ``iou`` is no floating tensor, ``tau`` no number. ValueError: ``tau`` out of range.
+        TypeError: ``iou`` is no floating tensor, ``tau`` no number.
+        ValueError: ``tau`` out of range.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 2 (LRP) and Equation 9.
     """
@@ -39,7 +40,8 @@ def giou_localisation_error(giou_loss: Tensor, tau: float = TAU) -> Tensor:
         Shape and dtype of ``giou_loss``, differentiable.
 
     Raises:
-        TypeError: ``giou_loss`` is no floating tensor, ``tau`` no number. ValueError: ``tau`` out of range.
+        TypeError: ``giou_loss`` is no floating tensor, ``tau`` no number.
+        ValueError: ``tau`` out of range.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5 (aLRP with GIoU), and the published implementation.
     """

@@ -1,6 +1,8 @@
-"""The comparison matrix H of a ranking loss, as a matrix-free linear operator.
+"""The comparison matrix H of a ranking loss, as a matrix-free linear operator::
 
-    H_ij = h(x_j - s_i),   h(d) = clamp(d / (2 delta) + 1/2, 0, 1) for delta > 0,   h(d) = 1[d >= 0] for delta = 0
+    H_ij = h(x_j - s_i)
+    h(d) = clamp(d / (2 delta) + 1/2, 0, 1)  for delta > 0
+    h(d) = 1[d >= 0]                         for delta = 0
 
 with a row for each positive's score s_i and a column for each logit x_j. Ranks, precisions and the error-driven
 gradients of AP, aLRP and Rank & Sort Loss are products with H or with its transpose, so this is all that a loss needs.

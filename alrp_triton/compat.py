@@ -12,6 +12,8 @@ from torch import Tensor
 from .checks import check_tensor
 from .functional import DELTA, DELTA_RS, EPS, EPS_RS, alrp_loss, ap_loss, rank_sort_loss
 
+__all__ = ["APLoss", "BucketedAPLoss", "BucketedRankSort", "RankSort", "aLRPLoss"]
+
 
 class aLRPLoss:  # noqa: N801 (the published name)
     """In place of ``aLRPLoss`` of github.com/kemaloksuz/aLRPLoss."""

@@ -129,7 +129,8 @@ def alrp_loss(
         FP_i   = sum_j H_ij
         rank_i = 1 + sum_{k != i} H_ik + FP_i
         classification = mean_i FP_i / rank_i
-        localisation   = mean_i (1 / rank_i) (E_i + sum_{k: s_k > s_i} E_k + h(0) sum_{k != i: s_k = s_i} E_k)
+        localisation   = mean_i (1 / rank_i) localisation_i
+        localisation_i = E_i + sum_{k: s_k > s_i} E_k + h(0) sum_{k != i: s_k = s_i} E_k
 
     The gradient with respect to the logits is **the error-driven update** of the paper (Theorem 1), scaled by the
     incoming gradient; it is not the derivative of the value above, whose step has none worth using. It contains the
@@ -193,7 +194,7 @@ def alrp_loss(
             ranks one. ``"torch"`` runs on any device.
 
     Returns:
-        ALRPLossOutput: ``classification`` and ``localisation`` (0-d), ``rank`` ``(P,)``, all in the widest dtype of
+        ``classification`` and ``localisation`` (0-d), ``rank`` ``(P,)``, all in the widest dtype of
         logits, box_errors and float32; ``order`` ``(P,)`` int64.
 
     Defined behaviour:
@@ -342,7 +343,8 @@ def rank_sort_loss(
 
         FP_i      = sum_j H_ij
         ranking_i = FP_i / (sum_k H_ik + FP_i)
-        sorting_i = mean of 1 - t_k over k weighed by H_ik, less the same over those of t_k >= t_i
+        sorting_i = mean of 1 - t_k over k weighed by H_ik,
+                    less the same over those of t_k >= t_i
         ranking, sorting = their means over i
 
     The gradient is **the error-driven update** of the paper and not the derivative of the values. Of the ranking error:
@@ -365,7 +367,8 @@ def rank_sort_loss(
             fp, worse = false.sum(1), above * (ious < ious[:, None])
             better = above - worse
             ranking = fp / (above.sum(1) + fp)
-            sorting = above @ (1 - ious) / above.sum(1) - better @ (1 - ious) / better.sum(1)
+            sorting = above @ (1 - ious) / above.sum(1)
+            sorting = sorting - better @ (1 - ious) / better.sum(1)
             up = torch.where(fp > eps, ranking, 0)
             down = (up / fp.clamp(min=eps)) @ false  # of each negative
             of_ranking = (down @ negatives - up @ positives) / p
@@ -397,7 +400,7 @@ def rank_sort_loss(
         backend: as for :func:`alrp_loss`.
 
     Returns:
-        RankSortLossOutput: ``ranking`` and ``sorting``, 0-d, in the widest dtype of logits, IoUs and float32.
+        ``ranking`` and ``sorting``, 0-d, in the widest dtype of logits, IoUs and float32.
 
     Positives are compared with positives in O(P log P) work on a CPU, and pair by pair on a GPU by Triton.
 

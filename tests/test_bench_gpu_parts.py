@@ -25,7 +25,7 @@ from bench.gpu.fit import BINNED, TILED, Point, fit, points
 from bench.gpu.work import Context, Record, Skipped, Unit, plain
 from bench.report import fill
 from bench.speed.problems import CASES, Size, as_dense, classes_of, draw_problem
-from tests import test_loss
+from tests import compare, losses
 from tests.cases import draw
 from tests.conftest import ROOT
 
@@ -489,8 +489,8 @@ def test_groups_of_the_oracle() -> None:
 
 
 def test_tolerances_are_those_of_the_tests() -> None:
-    assert test_loss.SMALL_FP == oracles.SMALL_FP
-    assert test_loss.TOLERANCE == oracles.GRADIENT
+    assert losses.SMALL_FP == oracles.SMALL_FP
+    assert compare.TOLERANCE == oracles.GRADIENT
     assert oracles.least_tolerance("below_eps", "torch", torch.float32, 1.0) == 0
     assert oracles.least_tolerance("below_eps", "torch", torch.float64, 1.0) == 1e-9
     assert oracles.least_tolerance("random", "triton_tiled", torch.float64, 0.5) == 0

@@ -1,6 +1,7 @@
 """The wheel holds the package and nothing else, is the same each time, and fetches, evaluates and unpickles nothing."""
 
 import ast
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import hatchling.build
 import pytest
 
+from hatch_build import long_description
 from tests.conftest import ROOT, run_together
 
 SOURCES = sorted((ROOT / "alrp_triton").rglob("*.py"))
@@ -23,6 +25,31 @@ def test_wheel_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert {name for name in names if not name.startswith("alrp_triton-")} == package
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_description_has_no_relative_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of packages resolves none; HTML in Markdown has none here."""
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / hatchling.build.build_wheel(str(tmp_path))) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+        metadata = wheel.read(name).decode()
+    assert "\nAuthor: The alrp_triton authors\n" in metadata
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    assert "# alrp_triton\n" in metadata
+    assert all(link.startswith(("https://", "#")) for link in re.findall(r"\]\(([^)]*)\)", metadata))
+    assert not re.search(r"<(a|img)\b", metadata)
+
+
+def test_links_of_the_description_are_the_readme_s() -> None:
+    text, base = (ROOT / "README.md").read_text(), "https://code.host/owner/name"
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    described = re.findall(r"\]\(([^)]*)\)", long_description(text, base, "1.2.3"))
+    assert len(described) == len(links) > 30
+    for link, absolute in zip(links, described, strict=True):
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert absolute == (link if link.startswith("https://") else f"{base}/{kind}/v1.2.3/{link}")
+    unknown = long_description("![a](b.png) [`c[0]`, d](e.md#f) [g](https://h)", "", "1.2.3")
+    assert unknown == " `c[0]`, d [g](https://h)"
 
 
 @pytest.mark.parametrize("build", [hatchling.build.build_wheel, hatchling.build.build_sdist], ids=["wheel", "sdist"])

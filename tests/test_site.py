@@ -14,7 +14,8 @@ from tests.processes import ROOT
 
 
 def test_navigation_has_every_page() -> None:
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} | {notebook.PAGE}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} | {notebook.PAGE}
     listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(pages)
 
@@ -75,6 +76,15 @@ def test_notebook_becomes_a_page() -> None:
     assert all(data.startswith(b"\x89PNG") and f"]({name})" in page.text for name, data in page.plots.items())
     assert "R3        0.50  0.65  0.80  0.95                       0.36       0.89\n```" in page.text
     assert notebook.on_page_markdown(f"[a](../{notebook.NOTEBOOK})", page=None) == f"[a]({notebook.PAGE})"
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_code_fits_in_80_columns(page: Path) -> None:
+    """So that nobody has to scroll it sideways."""
+    blocks = re.findall(r"^ *```[^\n`]*\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-NONE, ALL = -1, -2
-"""What a mark says of an anchor whose classes are all columns that count, and of one of which none does."""
+NONE = -1
+"""What a mark says of an anchor whose classes are all columns that count."""
+ALL = -2
+"""What it says of one of which none does."""
 
 
 class Columns(NamedTuple):

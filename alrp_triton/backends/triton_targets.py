@@ -36,7 +36,7 @@ class Found(NamedTuple):
     groups: Tensor
     status: Tensor
     """int64 ``(5,)``: how many there are, and how many targets mean nothing; the rest is for
-    :func:`.triton_sort.rank_found`, which makes the third 0 where values are out of range."""
+    :func:`.triton_sort.rank`, which makes the third 0 where values are out of range."""
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from torchvision.ops import box_iou
 
 from ..checks import check_integer
 
+__all__ = ["atss_match"]
+
 BACKGROUND = -1
 CANDIDATES = 9
 

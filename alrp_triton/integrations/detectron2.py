@@ -29,6 +29,8 @@ try:
 except ImportError as missing:
     raise ImportError("this integration needs detectron2, built for your torch from its repository") from missing
 
+__all__ = ["RankingRetinaNet", "add_ranking_loss_config"]
+
 
 def add_ranking_loss_config(cfg: Any) -> None:
     """Adds ``MODEL.RANKING_LOSS``, the arguments of :class:`HeadLoss` in capitals, with its defaults."""
@@ -49,8 +51,8 @@ class RankingRetinaNet(RetinaNet):
         **kwargs: of RetinaNet.
 
     Raises:
-        TypeError: ``ranking_loss`` is none. ValueError: its ``box_loss`` is ``"smooth_l1"``, and the transform has no
-            weights of deltas.
+        TypeError: ``ranking_loss`` is none.
+        ValueError: its ``box_loss`` is ``"smooth_l1"``, and the transform has no weights of deltas.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5; Oksuz et al., ICCV 2021, Section 5.
     """

@@ -4,7 +4,9 @@
 
     losses = use_ranking_loss(criterion, "alrp", period=len(loader))
     loss_dict = criterion(outputs, targets)
-    sum(loss_dict[key] * criterion.weight_dict[key] for key in loss_dict if key in criterion.weight_dict).backward()
+    weights = criterion.weight_dict
+    loss = sum(loss_dict[key] * weights[key] for key in loss_dict if key in weights)
+    loss.backward()
 
 A criterion is told by its shape, see :mod:`alrp_triton.integrations.queries`; no library is imported. Its own matching,
 auxiliary outputs, denoising and weights stay.
@@ -22,6 +24,8 @@ from ..dispatch import Backend
 from ..distributed import GradientReduction, ProcessGroup
 from .head_loss import Loss
 from .queries import GIOU, QueryLosses, Ranking, label_methods, ranking_in
+
+__all__ = ["remove_ranking_loss", "use_ranking_loss"]
 
 _PARAMETERS = ("outputs", "targets", "indices")
 
@@ -71,7 +75,7 @@ def use_ranking_loss(
 
     Raises:
         TypeError: a criterion of another shape, or one that scores by a softmax with a "no object" class, as DETR's.
-            ValueError: no weight for ``"loss_giou"`` with ``"alrp"``, or several with ``warm_start``; ``box_weight``
+        ValueError: no weight for ``"loss_giou"`` with ``"alrp"``, or several with ``warm_start``; ``box_weight``
             without ``"alrp"``; and what :class:`HeadLoss` raises. The criterion is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.

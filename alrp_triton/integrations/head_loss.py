@@ -35,7 +35,10 @@ from .box_errors import BoxLoss, box_errors, checked, paired_iou
 from .masks import dice_error
 from .warm_start import WarmStart
 
+__all__ = ["Boxes", "DetectorLoss", "HeadLoss", "HeadLosses", "Loss"]
+
 Loss = Literal["alrp", "ap", "rank_sort"]
+"""The losses by name."""
 
 _DELTAS: dict[Loss, float] = {"alrp": DELTA, "ap": DELTA, "rank_sort": DELTA_RS}
 _BOX_LOSSES: dict[Loss, BoxLoss] = {"alrp": "giou", "ap": "smooth_l1", "rank_sort": "giou"}
@@ -61,13 +64,11 @@ class HeadLosses(NamedTuple):
 class HeadLoss(nn.Module):
     """A ranking loss for the scores of a head, with the box loss and the balance of its paper.
 
-    ============ ======================================= =================================================
-    loss         box loss                                its weight, with ``box_weight=None``
-    ============ ======================================= =================================================
-    alrp         GIoU, ranked: aLRP's localisation part  :class:`alrp_triton.SelfBalance`, by ``period``
-    ap           smooth L1, mean over all P x 4 deltas   1
-    rank_sort    GIoU, mean weighted by the scores       :func:`alrp_triton.balance_by_value`, by step
-    ============ ======================================= =================================================
+    | loss      | box loss                               | its weight, with ``box_weight=None``             |
+    | --------- | -------------------------------------- | ------------------------------------------------ |
+    | alrp      | GIoU, ranked: aLRP's localisation part | :class:`alrp_triton.SelfBalance`, by ``period``  |
+    | ap        | smooth L1, mean over all P x 4 deltas  | 1                                                |
+    | rank_sort | GIoU, mean weighted by the scores      | :func:`alrp_triton.balance_by_value`, by step    |
 
     The state of the self-balancing is in the ``state_dict``: save it with the checkpoint. It goes to the device of the
     logits by itself. It records nothing in ``eval`` mode, nor where gradients are disabled, as for a validation loss.

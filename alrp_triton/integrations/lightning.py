@@ -13,6 +13,8 @@ try:
 except ImportError as missing:
     raise ImportError("this integration needs lightning: pip install lightning") from missing
 
+__all__ = ["LogRankingLoss"]
+
 
 class LogRankingLoss(Callback):
     """Logs of each ranking loss in a module, under its name there, at every ``log_every_n_steps``-th step:

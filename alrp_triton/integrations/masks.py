@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..checks import check_tensor, check_values
 
+__all__ = ["dice_error"]
+
 MOST_MASKS = 200
 """Masks that a process trains in a step, as published."""
 _EPS = 1e-5  # published
@@ -14,7 +16,7 @@ _ROUNDING = 1e-3  # what resampling may add to 1
 def dice_error(mask_logits: Tensor, targets: Tensor) -> Tensor:
     """How far predicted masks are from true ones: 1 - dice, of each by itself.
 
-    With the sigmoids x of the logits and the targets t, summed over the pixels of a mask:
+    With the sigmoids x of the logits and the targets t, summed over the pixels of a mask::
 
         error = 1 - 2 sum(x t) / (sum(x^2) + sum(t^2) + 1e-5)
 

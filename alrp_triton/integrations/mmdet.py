@@ -6,17 +6,13 @@
     model = dict(
         bbox_head=dict(
             type="RankingRetinaHead",
-            ranking_loss=dict(loss="alrp", period=7330),  # the arguments of HeadLoss
+            ranking_loss=dict(loss="alrp", period=7330),  # as HeadLoss
         )
     )
 
-================== ==================================================================
-one stage          ``RankingRetinaHead``, ``RankingATSSHead``, ``RankingPAAHead``,
-                   ``RankingFoveaHead``
-two stages         ``RankingRPNHead``, ``RankingShared2FCBBoxHead``,
-                   ``RankingMaskRoIHead``
-a head of your own ``RankingHeadMixin``, ``RankingBBoxHeadMixin``
-================== ==================================================================
+- One stage: :class:`RankingRetinaHead`, :class:`RankingATSSHead`, :class:`RankingPAAHead`, :class:`RankingFoveaHead`.
+- Two stages: :class:`RankingRPNHead`, :class:`RankingShared2FCBBoxHead`, :class:`RankingMaskRoIHead`.
+- A head of your own: :class:`RankingHeadMixin`, :class:`RankingBBoxHeadMixin`.
 
 All else of the head's config stays. Its ``loss_cls`` and ``loss_bbox`` are built and not used, but by PAA, which
 assigns anchors by them, and in box heads, where ``loss_cls`` is replaced. ``RankingMaskRoIHead`` is a Mask R-CNN's

@@ -25,6 +25,8 @@ try:
 except ImportError as missing:
     raise ImportError("the integrations need torchvision, in the version that fits your torch") from missing
 
+__all__ = ["QueryLosses"]
+
 LAST = "last"
 GIOU = "loss_giou"
 _WORDS = {"aux": "auxiliary", "enc": "encoder", "dn": "denoising", "outputs": ""}  # of the keys of outputs
@@ -42,8 +44,7 @@ class QueryLosses(DetectorLoss):
         arguments: of each :class:`HeadLoss`; its box loss is GIoU.
 
     Raises:
-        TypeError, ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` and
-            :func:`check_warm_start` raise.
+        ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` and :func:`check_warm_start` raise.
     """
 
     def __init__(self, names: Iterable[str] = (LAST,), *, warm_start: int = 0, **arguments: Any) -> None:

@@ -37,6 +37,8 @@ try:
 except ImportError as missing:
     raise ImportError("this integration needs torchvision, in the version that fits your torch") from missing
 
+__all__ = ["plain_copy", "ranking_loss_of", "remove_ranking_loss", "use_ranking_loss"]
+
 Assignment = Literal["iou", "atss"]
 BoxCoding = Literal["model", "published"]
 MaskLoss = Literal["dice", "bce"]
@@ -116,9 +118,9 @@ def use_ranking_loss(
         ``state_dict()`` with your checkpoint. Called again, the model's losses are replaced by new ones.
 
     Raises:
-        TypeError: the model is none of these. ValueError: ``assignment``, ``box_coder``, ``mask_loss`` or
-            ``warm_start`` that is unknown or not for this model or loss; and what :class:`HeadLoss` raises. The model
-            is then as before.
+        TypeError: the model is none of these.
+        ValueError: ``assignment``, ``box_coder``, ``mask_loss`` or ``warm_start`` that is unknown or not for this model
+            or loss; and what :class:`HeadLoss` raises. The model is then as before.
 
     Reference: Oksuz et al., NeurIPS 2020, Section 5, and the published configurations.
     """

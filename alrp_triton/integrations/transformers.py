@@ -32,6 +32,8 @@ try:
 except ImportError as missing:
     raise ImportError("this integration needs transformers>=5.0, scipy and torchvision") from missing
 
+__all__ = ["load_ranking_loss", "remove_ranking_loss", "use_ranking_loss"]
+
 
 class _Family(NamedTuple):
     criterion: str  # the class that the loss function makes its criterion of
@@ -101,9 +103,10 @@ def use_ranking_loss(
 
     Raises:
         TypeError: a model that is none of these, such as one that scores by a softmax with a "no object" class: DETR,
-            YOLOS, Table Transformer. ValueError: its config scores by a softmax; ``box_weight`` without aLRP; and what
-            :class:`HeadLoss` raises. The model is then as before. In a step with ``warm_start``, ValueError: the
-            model's own loss takes queries of denoising for detections, as before transformers 5.18.
+            YOLOS, Table Transformer.
+        ValueError: its config scores by a softmax; ``box_weight`` without aLRP; and what :class:`HeadLoss` raises. The
+            model is then as before. In a step with ``warm_start``: the model's own loss takes queries of denoising for
+            detections, as before transformers 5.18.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """
@@ -169,7 +172,7 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
 
     Raises:
         ValueError: the model has no ranking loss; there is no state in the files, or that of another kind of loss.
-            FileNotFoundError: no such files. The state of the losses is then as before.
+        FileNotFoundError: no such files. The state of the losses is then as before.
     """
     losses = loss_function_of(model).losses
     files = sorted(Path(folder).glob("*.safetensors"))

@@ -4,7 +4,8 @@
 
     model = RTDetrForObjectDetection.from_pretrained(name)
     use_ranking_loss(model, "alrp", period="later")
-    trainer = Trainer(model, TrainingArguments(folder, max_grad_norm=0), train_dataset=..., data_collator=...)
+    arguments = TrainingArguments(folder, max_grad_norm=0)
+    trainer = Trainer(model, arguments, train_dataset=..., data_collator=...)
     RankingLossCallback.add_to(trainer)
     trainer.train()
 """
@@ -23,6 +24,8 @@ try:
     from transformers import Trainer, TrainerCallback
 except ImportError as missing:
     raise ImportError("Trainer needs transformers>=5.0 and accelerate") from missing
+
+__all__ = ["RankingLossCallback"]
 
 
 class RankingLossCallback(TrainerCallback):
@@ -51,7 +54,8 @@ class RankingLossCallback(TrainerCallback):
         """Adds one to a trainer, in front of its other callbacks.
 
         Raises:
-            TypeError: no Trainer. ValueError: its model has no ranking loss.
+            TypeError: no Trainer.
+            ValueError: its model has no ranking loss.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")

@@ -34,6 +34,8 @@ try:
 except ImportError as missing:
     raise ImportError(NEEDS) from missing
 
+__all__ = ["ranking_loss_of", "remove_ranking_loss", "use_ranking_loss"]
+
 PRIOR = 0.01  # published, of RetinaNet
 
 
@@ -100,9 +102,10 @@ def use_ranking_loss(
         again, they are replaced by new ones.
 
     Raises:
-        TypeError: another model, such as RT-DETR, one of classification, or one that is wrapped. ValueError:
-            ``box_weight`` without aLRP; ``args`` of a ``DetectionModel`` without gains; class weights, ``cls_pw``;
-            another ``prior`` with ``warm_start``; and what :class:`HeadLoss` raises. The model is then as before.
+        TypeError: another model, such as RT-DETR, one of classification, or one that is wrapped.
+        ValueError: ``box_weight`` without aLRP; ``args`` of a ``DetectionModel`` without gains; class weights,
+            ``cls_pw``; another ``prior`` with ``warm_start``; and what :class:`HeadLoss` raises. The model is then as
+            before.
 
     Reference: Oksuz et al., NeurIPS 2020 and ICCV 2021, whose detectors are others: here a ranking loss is new.
     """

@@ -65,10 +65,11 @@ def coco_olrp(evaluation: COCOEvaluation, *, tau: float = TAU, max_dets: int | N
         threshold, NaN if there is none.
 
     Raises:
-        TypeError: ``evaluation`` is none, ``tau`` or ``max_dets`` no number. ValueError: not evaluated yet, ``tau`` not
-            among its thresholds or out of [0, 1), ``max_dets`` more than was evaluated, no area range that is labelled
-            ``all``, parts of the evaluation that are missing or of other images, as where batches were merged; ids that
-            it cannot carry: of annotations 1 to 2**53, of images from 0 on, and each once.
+        TypeError: ``evaluation`` is none, ``tau`` or ``max_dets`` no number.
+        ValueError: not evaluated yet, ``tau`` not among its thresholds or out of [0, 1), ``max_dets`` more than was
+            evaluated, no area range that is labelled ``all``, parts of the evaluation that are missing or of other
+            images, as where batches were merged; ids that it cannot carry: of annotations 1 to 2**53, of images from 0
+            on, and each once.
 
     Reference: Oksuz et al., ECCV 2018, arXiv:1807.01696; TPAMI 2021, arXiv:2011.10772.
     """

@@ -68,9 +68,9 @@ class OptimalLRP(Metric):
         kwargs: those of :class:`torchmetrics.Metric`.
 
     Raises:
-        TypeError, ValueError: an argument that means nothing. ImportError: the backend is not installed. ``update``:
-            ValueError or TypeError for lists of different length, missing keys, wrong types, shapes and dtypes, values
-            that are not finite, boxes of negative size.
+        TypeError, ValueError: an argument that means nothing. In ``update``: lists of different length, missing keys,
+            wrong types, shapes and dtypes, values that are not finite, boxes of negative size.
+        ImportError: the backend is not installed.
 
     Reference: Oksuz et al., ECCV 2018, arXiv:1807.01696; TPAMI 2021, arXiv:2011.10772.
     """

@@ -48,9 +48,9 @@ def lrp_curve(scores: ArrayLike, is_tp: ArrayLike, ious: ArrayLike, num_truths: 
         Arrays (D,), float64. All NaN without ground truths.
 
     Raises:
-        TypeError: ``is_tp`` is not bool, ``num_truths`` no integer, ``tau`` no number. ValueError: shapes that do not
-            fit, scores that are NaN, overlaps of true positives out of [tau, 1], more true positives than ground
-            truths, ``tau`` out of range.
+        TypeError: ``is_tp`` is not bool, ``num_truths`` no integer, ``tau`` no number.
+        ValueError: shapes that do not fit, scores that are NaN, overlaps of true positives out of [tau, 1], more true
+            positives than ground truths, ``tau`` out of range.
     """
     score, tp, iou = np.asarray(scores, np.float64), np.asarray(is_tp), np.asarray(ious, np.float64)
     if tp.size and tp.dtype != np.bool_:

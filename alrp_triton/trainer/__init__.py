@@ -3,8 +3,9 @@
 ::
 
     data = CocoDataModule("DIR")
-    model = RankingDetector(data.categories, "retinanet_resnet50_fpn_v2", loss="alrp")
-    Trainer(max_epochs=100, use_distributed_sampler=False).fit(model, datamodule=data)
+    model = RankingDetector(data.categories, loss="alrp")
+    trainer = Trainer(max_epochs=100, use_distributed_sampler=False)
+    trainer.fit(model, datamodule=data)
 
 A name is imported when it is asked for: Lightning and torchmetrics take seconds, and the detectors need neither.
 """
