@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Threads that wait by spinning make a step several times slower where another process wants the same core. The benchmark
 # wants the cores for itself, and threads as torch has them.
-demo test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
+demo trees test coverage test-cpu test-oldest test-2.11 fuzz soak compare: export OMP_WAIT_POLICY := PASSIVE
 # Python keeps what it compiled of the modules that it imports, whatever the caller's environment says of it: to compile
 # torch again in each process that a test starts takes ten seconds. So pip need not compile all that nobody imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,7 +14,7 @@ PIP := -m pip install --no-compile --quiet --disable-pip-version-check
 # PYTEST="-n 0" runs them one by one.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench gpu compiled soak large tables figure1 install-check clean
+.PHONY: help demo trees test coverage test-cpu test-oldest test-2.11 fuzz lint docs compare bench gpu compiled soak large tables figure1 install-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9.-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
@@ -38,9 +38,11 @@ coverage: .venv/.dev .venv/.detectors  ## The same, slower, and which lines of t
 SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_positives or compiled or test_api) and not gloo and not many_runs
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
-OF_VERSIONS := compile api balance bench_gpu_parts binned boxes errors family groups integration_torchvision loss masks metrics \
-  operator readme reference suite targets training
-OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/test_%.py) $(PYTEST)
+OF_VERSIONS := compiler/test_torch_compile bench/test_gpu_parts core/test_binned core/test_comparison_matrix \
+  integrations/test_masks integrations/test_torchvision losses/test_alrp losses/test_ap_and_rank_sort losses/test_balance \
+  losses/test_boxes losses/test_errors losses/test_groups losses/test_losses losses/test_reference losses/test_targets \
+  losses/test_training metrics/test_lrp project/test_api project/test_readme project/test_suite
+OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/%.py) $(PYTEST)
 
 test-cpu: .venv-cpu/.test  ## Test with torch 2.13.0, CPU build, and the triton beside it
 	.venv-cpu/bin/python -m pytest $(OTHERWISE)
@@ -52,7 +54,7 @@ test-2.11: .venv-2.11/.test  ## Test with Python 3.12, torch 2.11, triton 3.6
 	.venv-2.11/bin/python -m pytest $(OTHERWISE)
 
 fuzz: .venv/.dev  ## 20,000 random hostile cases against the oracle, others each time (some minutes)
-	$(RUN) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)
+	$(RUN) -m pytest tests/losses/test_fuzz.py --hypothesis-profile=fuzz --hypothesis-show-statistics $(PYTEST)
 
 lint: .venv/.dev  ## Check style and types
 	$(RUN) -m ruff check .
@@ -62,7 +64,13 @@ lint: .venv/.dev  ## Check style and types
 docs: .venv/.docs  ## Build the documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-compare: .venv/.demo .venv/.bench  ## Train with all losses and three seeds (up to an hour); writes bench/results/comparison.json
+trees: .venv/.demo  ## The same on real photographs, tree crowns from the air, which pip fetches (some minutes); see trees/
+	rm -rf trees
+	$(RUN) -m examples.trees trees/data
+	$(RUN) -m alrp_triton.trainer fit --config examples/trees.yaml --data.root trees/data --out trees
+	$(RUN) -m alrp_triton.trainer validate --run trees --data.val test
+
+compare: .venv/.demo .venv/.bench  ## Train with all losses, seeds and pictures (hours, goes on where it was); see docs/comparison.md
 	$(RUN) -m bench train
 
 bench: .venv/.bench  ## Check, then time the loss beside its baselines on a CPU; writes bench/results/cpu.json
@@ -96,7 +104,7 @@ install-check:  ## Build sdist and wheel, check them, install the wheel without 
 	  print(a.__version__, a.alrp_loss(torch.zeros(4), torch.tensor([1, 0, 0, -1]), torch.ones(1)).classification)"
 
 clean:  ## Remove all that was made here
-	rm -rf .venv .venv-cpu .venv-oldest .venv-2.11 .venv-install dist build site demo comparison .coverage .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-cpu .venv-oldest .venv-2.11 .venv-install dist build site demo trees comparison .coverage .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from alrp_triton import hints
-from tests.interpreter import hasten
-from tests.processes import ROOT as ROOT
-from tests.processes import TORCHRUN as TORCHRUN
-from tests.processes import run_together as run_together
+from tests.support.interpreter import hasten
+from tests.support.processes import ROOT as ROOT
+from tests.support.processes import TORCHRUN as TORCHRUN
+from tests.support.processes import run_together as run_together
 
 
 def version_of(package: str) -> tuple[int, ...] | None:
@@ -62,7 +62,7 @@ def or_skip(backend: str, device_type: str = DEVICE) -> str:
     return backend
 
 
-# Tests that do not say themselves how many random cases they take: tests/test_fuzz.py.
+# Tests that do not say themselves how many random cases they take: tests/losses/test_fuzz.py.
 settings.register_profile("some", max_examples=400)
 settings.register_profile("ci", max_examples=400, derandomize=True)  # what fails in CI fails for everybody
 settings.register_profile("fuzz", max_examples=20_000, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -112,7 +112,7 @@ def deterministic() -> Generator[None]:
 
 @pytest.fixture(autouse=True)
 def no_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come once a process, and so in one test or another; tests/test_hints.py asks for them."""
+    """They come once a process, and so in one test or another; tests/losses/test_hints.py asks for them."""
     monkeypatch.setattr(hints, "_to_look", False)
     monkeypatch.setattr(hints, "_to_watch", 0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.cases import FINITE, NOT_FINITE, Case, draw
+from tests.support.cases import FINITE, NOT_FINITE, Case, draw
 
 from ..speed.problems import Size, as_dense, draw_problem
 from . import behaviour, compiling, extremes

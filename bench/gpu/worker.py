@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tests.interpreter import hasten
+from tests.support.interpreter import hasten
 
 from .work import Context, Skipped, explain, plain
 

@@ -72,7 +72,13 @@ class Data(NamedTuple):
     """Whether there is a part ``test`` that no learning rate was chosen on."""
 
 
-_FROM_ABOVE = (v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.02))
+# Those of examples/trees.yaml.
+_FROM_ABOVE = (
+    v2.RandomHorizontalFlip(),
+    v2.RandomVerticalFlip(),
+    v2.RandomPhotometricDistort(p=0.8),
+    v2.RandomGrayscale(p=0.3),
+)
 DATA = {
     "digits": Data((), has_test=False),
     "trees": Data(_FROM_ABOVE, has_test=True),
@@ -104,11 +110,12 @@ STUDIES = {
     "trees": Study(
         "tree crowns in aerial photographs",
         "trees",
-        MappingProxyType({"detector": "retinanet_small", "size": 256, "period": None, **_ADAMW}),
+        MappingProxyType({**_DIGITS, "period": None}),
         _FIVE,
-        800,
+        1000,
         3,
-        Tuned(2, 400),
+        Tuned(2, 500),
+        evaluations=5,
         turns=20,
     ),
 }
