@@ -63,5 +63,5 @@ def test_examples_of_the_docs_run(page: Path) -> None:
     names: dict[str, object] = {}
     for code in examples(page.read_text()):
         exec(code, names)
-    without = {"behaviour", "comparison", "performance", "published", "support", "trainer"}
+    without = {"behaviour", "comparison", "lessons", "performance", "published", "support", "trainer"}
     assert (page.stem in without) == ("torch" not in names and "np" not in names)

@@ -59,7 +59,7 @@ def test_stages_are_the_operators() -> None:
     assert all(name in page for name in defined)
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/stages.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/lessons.md", "docs/stages.md"])
 def test_files_that_are_named_exist(page: str) -> None:
     """By name, path or pattern."""
     folders = ("alrp_triton", "bench", "docs", "examples", "reference", "tests")
