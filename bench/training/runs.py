@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..run import RESULTS, describe_run
 from .one import time_all
-from .studies import RATES, STUDIES, TUNING_SEED, Tuned, settings_of, write_data
+from .studies import RATES, STUDIES, TUNING_SEED, Tuned, data_of, settings_of
 
 CPU = torch.device("cpu")
 
@@ -107,18 +107,14 @@ def compare(study: str, work: Path) -> dict[str, Any]:
         ValueError: a run diverged at the learning rate that was chosen; the rates are those of a study that is missing.
     """
     of, run = STUDIES[study], describe_run(CPU)
-    folder, data, other = work / study, work / of.data, work / f"{of.data}-to-tune"
+    folder, data = work / study, data_of(of.data, work)
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(of.data, data, tuning=False)
     report: dict[str, Any] = {"run": run, "command": f"python -m bench train run {study}", "about": of.about}
     if of.turns:
         report["times"] = kept(folder / "times.json", lambda: time_all(study, data))
     if isinstance(of.rates, Tuned):
-        if of.data == "digits":
-            write_data(of.data, other, tuning=True)
-        else:
-            other = data
-        report["tuning"] = tune(study, lambda jobs: run_apart(jobs, other, folder))
+        to_tune = data_of(of.data, work, tuning=True)
+        report["tuning"] = tune(study, lambda jobs: run_apart(jobs, to_tune, folder))
         rates = best_rates(report["tuning"])
     else:
         file = result_file(of.rates)
@@ -146,9 +142,7 @@ def repeat(study: str, losses: Sequence[str], seed: int, work: Path) -> dict[str
     before = {run["loss"]: run for run in report["comparison"] if run["seed"] == seed}
     if missing := [loss for loss in losses if loss not in before]:
         raise ValueError(f"{result_file(study)} has no run of {', '.join(missing)} with seed {seed}")
-    work.mkdir(parents=True, exist_ok=True)
-    data = work / STUDIES[study].data
-    write_data(STUDIES[study].data, data, tuning=False)
+    data = data_of(STUDIES[study].data, work)
     of = {loss: before[loss]["settings"] for loss in losses}
     jobs = [Job(study, loss, of[loss]["lr"], seed, of[loss]["steps"]) for loss in losses]
     with tempfile.TemporaryDirectory(dir=work) as folder:

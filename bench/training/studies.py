@@ -140,12 +140,15 @@ def open_data(study: str, folder: Path, batch: int, seed: int, held_out: str = "
     return CocoDataModule(folder, val=held_out, batch=batch, workers=0, transforms=transforms, seed=seed)
 
 
-def write_data(name: str, folder: Path, tuning: bool) -> None:
-    """Pictures to train and to evaluate on, where they are not yet; other scenes of digits to choose rates on."""
-    if folder.exists():
-        return
-    if name == "digits":
-        digits.write(folder, 1600, 200, seed=int(tuning))
-    else:
-        with TemporaryDirectory() as wheel:
-            trees.write(folder, trees.fetch(Path(wheel)))
+def data_of(name: str, work: Path, tuning: bool = False) -> Path:
+    """The folder of these pictures, written if they are not there. For digits rates are chosen on other scenes."""
+    folder = work / "data" / (f"{name}-to-tune" if tuning and not DATA[name].has_test else name)
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        if name == "digits":
+            digits.write(partial, 1600, 200, seed=int(tuning))
+        else:
+            with TemporaryDirectory() as wheel:
+                trees.write(partial, trees.fetch(Path(wheel)))
+        partial.replace(folder)
+    return folder

@@ -150,6 +150,29 @@ def test_trees_are_trained_on_as_make_trees_does() -> None:
     assert list(map(repr, asked)) == list(map(repr, studies.DATA[study.data].transforms))
 
 
+def test_data_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whole: what an interrupted call left is written anew."""
+    written: list[tuple[str, int]] = []
+
+    def write(folder: Path, training: int, held_out: int, seed: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append((folder.name, seed))
+        if len(written) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        studies.data_of("digits", tmp_path)
+    for _ in range(2):
+        assert studies.data_of("digits", tmp_path) == tmp_path / "data" / "digits"
+        assert studies.data_of("digits", tmp_path, tuning=True) == tmp_path / "data" / "digits-to-tune"
+    assert written == [("digits.partial", 0), ("digits.partial", 0), ("digits-to-tune.partial", 1)]
+    monkeypatch.setattr(studies.trees, "fetch", nothing)
+    monkeypatch.setattr(studies.trees, "write", lambda folder, wheel: folder.mkdir())  # pyright: ignore[reportUnknownLambdaType, reportUnknownMemberType]
+    # The second test is what no rate is chosen on.
+    assert studies.data_of("trees", tmp_path, tuning=True) == studies.data_of("trees", tmp_path)
+
+
 def test_the_best_learning_rate_is_not_the_last_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     best = {"aLRP": 0.003, "RS": 0.03, "focal + L1": 0.0001}
     monkeypatch.setitem(studies.STUDIES, "digits", TINY._replace(losses=tuple(best)))
@@ -202,7 +225,7 @@ def test_a_run_that_diverges(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
         return [run if job.steps == 4 else short for job in jobs]
 
     monkeypatch.setattr(running, "kept", nothing)
-    monkeypatch.setattr(running, "write_data", nothing)
+    monkeypatch.setattr(running, "data_of", nothing)
     monkeypatch.setattr(running, "run_apart", run_apart)
     with pytest.raises(ValueError, match="not finite at the learning rate of the best short run: aLRP, seed 0, step 3"):
         running.compare("digits", tmp_path)
@@ -233,7 +256,7 @@ def test_learning_rates_of_another_study(
         return []
 
     monkeypatch.setattr(running, "RESULTS", tmp_path)
-    monkeypatch.setattr(running, "write_data", nothing)
+    monkeypatch.setattr(running, "data_of", nothing)
     monkeypatch.setattr(running, "run_apart", run_apart)
     with pytest.raises(ValueError, match=r"long takes the learning rates of digits: run that first, .* is missing"):
         running.compare("long", tmp_path)
@@ -254,7 +277,7 @@ def test_a_result_file_is_checked_by_repeating(
         return [repeated[job.loss] for job in jobs]
 
     monkeypatch.setattr(running, "RESULTS", tmp_path)
-    monkeypatch.setattr(running, "write_data", nothing)
+    monkeypatch.setattr(running, "data_of", nothing)
     monkeypatch.setattr(running, "run_apart", run_apart)
     file = tmp_path / "comparison_digits.json"
     file.write_text(json.dumps(report))
