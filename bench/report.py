@@ -27,6 +27,7 @@ PAGES = (
     "docs/alrp.md",
     "docs/training.md",
     "docs/comparison.md",
+    "docs/family.md",
     "docs/integrations.md",
 )
 _BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json|gpu) ([a-z ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

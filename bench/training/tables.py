@@ -128,6 +128,21 @@ def _times(report: dict[str, Any]) -> str:
     return table(["loss", "step ms (p20 to p80)", "of it the loss, forward + backward, ms", "share"], lines)
 
 
+def _choice(report: dict[str, Any]) -> str:
+    """What somebody who chooses a loss looks at."""
+    lines = [
+        [
+            name,
+            _mean_and_spread([run["evaluations"][-1]["AP"] for run in runs], 100),
+            _mean_and_spread([run["evaluations"][-1]["oLRP"] for run in runs], 100),
+            _mean_and_spread([run["score_iou_correlation"] for run in runs], digits=2),
+            f"{100 * report['times']['losses'][name]['share']:.1f} %",
+        ]
+        for name, runs in _by_loss(report).items()
+    ]
+    return table(["loss", "AP", "oLRP, less is better", "score with IoU", "share of a step"], lines)
+
+
 def _tuning(report: dict[str, Any]) -> str:
     rates = sorted({entry["lr"] for entry in report["tuning"]})
     of = {
@@ -172,6 +187,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gradients": _gradients,
     "correlation": _correlation,
     "times": _times,
+    "choice": _choice,
     "tuning": _tuning,
     "run": _conditions,
 }

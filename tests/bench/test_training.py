@@ -100,7 +100,7 @@ def test_true_positives() -> None:
 
 
 def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
-    for name in ("results", "test", "course", "gradients", "correlation", "times", "tuning"):
+    for name in ("results", "test", "course", "gradients", "correlation", "times", "tuning", "choice"):
         lines = tables.render(report, name).splitlines()
         assert [line.split("|")[1].strip() for line in lines[2:]] == ["aLRP", "focal + L1"]
     assert "4 runs of 4 steps of 8 images" in tables.render(report, "run")
