@@ -192,7 +192,7 @@ def ranking_loss(
     ranked, of_logits = Ranked(rows, wide, row_groups, order), Logits(flat, marks, form.num_classes, groups)
     false_positives, tables = operators.count(ranked.rows, ranked.groups, *of_logits, settings.delta, backend)
     if name:
-        false_positives = operators.sum_over_ranks(false_positives, COLLECTIVES, name)
+        false_positives = operators.sum_over_processes(false_positives, COLLECTIVES, name)
     return RankingLoss.apply(
         logits, values, settings, positives, own_order, mine, false_positives, form.num_classes, *ranked, flat, marks,
         groups, *tables,

@@ -22,12 +22,12 @@ _REDUCTIONS: tuple[str, ...] = get_args(GradientReduction)
 
 _HEADER = 256  # bytes: how many positives, and what was called
 _AT = 8
-_GAVE_UP = -1
+_FAILED = -1
 _calls = WeakKeyDictionary[ProcessGroup, int]()  # of each group, so that a call is never taken for the next one
 
 COLLECTIVES = torch.zeros((), dtype=torch.int64, device="cpu")
-"""``gather_positives`` reads it, and ``sum_over_ranks`` writes to it. So a compiler can neither drop a call nor let two
-of them change places: other processes wait for them, in their order."""
+"""``gather_positives`` reads it, and ``sum_over_processes`` writes to it. So a compiler can neither drop a call nor let
+two of them change places: other processes wait for them, in their order."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -93,14 +93,14 @@ class ProcessesDisagreeError(ValueError):
 def _counts(count: int, call: str, group: ProcessGroup, device: torch.device) -> list[int]:
     """How many positives each process has; ValueError on all of them if one gave up, or did not call the same."""
     number = _calls[group] = _calls.get(group, 0) + 1
-    said = call if count == _GAVE_UP else f"{call} as its call {number}"
+    said = call if count == _FAILED else f"{call} as its call {number}"
     text = said.encode()[: _HEADER - _AT].ljust(_HEADER - _AT)
     header = torch.frombuffer(bytearray(count.to_bytes(_AT, "little", signed=True) + text), dtype=torch.uint8)
     heard = [bytes(part) for part in torch.stack(_all_gather(header.to(device), group)).tolist()]
     counts = [int.from_bytes(part[:_AT], "little", signed=True) for part in heard]
     calls = [part[_AT:].decode(errors="replace").rstrip() for part in heard]
     for rank, other in enumerate(calls):
-        if counts[rank] == _GAVE_UP:
+        if counts[rank] == _FAILED:
             raise ProcessesDisagreeError(f"rank {rank} of process_group gave up with an error: {other}")
     for rank, other in enumerate(calls):
         if other != calls[0]:
@@ -111,7 +111,7 @@ def _counts(count: int, call: str, group: ProcessGroup, device: torch.device) ->
     return counts
 
 
-def tells_the_others(loss: Callable[_P, _R]) -> Callable[_P, _R]:
+def propagates_errors(loss: Callable[_P, _R]) -> Callable[_P, _R]:
     """A loss whose errors of input, on one process, are errors on all processes of its process group.
 
     Otherwise those would wait until the timeout of the group, or take part in the next call of that process.
@@ -126,13 +126,13 @@ def tells_the_others(loss: Callable[_P, _R]) -> Callable[_P, _R]:
         except (TypeError, ValueError, Warning) as error:
             tensors = (value for value in (*arguments, *settings.values()) if isinstance(value, Tensor))
             device = next((tensor.device for tensor in tensors), torch.device("cpu"))  # that of the logits, mostly
-            _tell(settings.get("process_group"), f"{type(error).__name__}: {error}", device)
+            _send_failure(settings.get("process_group"), f"{type(error).__name__}: {error}", device)
             raise
 
     return call
 
 
-def _tell(process_group: ProcessGroup | None, error: str, device: torch.device) -> None:
+def _send_failure(process_group: ProcessGroup | None, error: str, device: torch.device) -> None:
     try:
         name, _ = name_and_size(process_group)
     except (TypeError, ValueError):  # this is the error: there is nobody to tell
@@ -140,7 +140,7 @@ def _tell(process_group: ProcessGroup | None, error: str, device: torch.device) 
     if name:
         # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
         with suppress(ProcessesDisagreeError, RuntimeError):
-            _counts(_GAVE_UP, error, _group(name), _carried(device, _group(name)))
+            _counts(_FAILED, error, _group(name), _carried(device, _group(name)))
 
 
 def gather(
@@ -177,7 +177,7 @@ def gather(
     return numbers[0].view(torch.float64), numbers[1].view(torch.float64), None if groups is None else numbers[2], mine
 
 
-def sum_over_ranks(numbers: Tensor, collectives: Tensor, process_group: str) -> Tensor:
+def sum_over_processes(numbers: Tensor, collectives: Tensor, process_group: str) -> Tensor:
     """The sum over all processes, the same on each of them; 8 bytes a number and process on the wire, or twice that."""
     collectives.add_(1)
     total = numbers.clone()

@@ -16,7 +16,7 @@ from .checks import (
     no_reduction,
 )
 from .dispatch import Backend, check_backend_name
-from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size, tells_the_others
+from .distributed import GradientReduction, ProcessGroup, check_gradient_reduction, name_and_size, propagates_errors
 from .hints import hint
 from .targets import IGNORE_INDEX, check_form, check_groups
 
@@ -106,7 +106,7 @@ def _check_logits_and(name: str, logits: Tensor, values: Tensor) -> None:
     check_same_device(logits=logits, **{name: values})
 
 
-@tells_the_others
+@propagates_errors
 @no_reduction
 def alrp_loss(
     logits: Tensor,
@@ -230,7 +230,7 @@ def alrp_loss(
     return ALRPLossOutput(classification, localisation, PositiveRanks(rank, order))
 
 
-@tells_the_others
+@propagates_errors
 @no_reduction
 def ap_loss(
     logits: Tensor,
@@ -319,7 +319,7 @@ def ap_loss(
     return ranking_loss(logits, targets, form, Positives(None, num_positives, "num_positives"), groups, settings)[0]
 
 
-@tells_the_others
+@propagates_errors
 @no_reduction
 def rank_sort_loss(
     logits: Tensor,

@@ -1,6 +1,6 @@
 """The torch operators that the losses are built on: four stages, and what processes tell each other between them.
 
-    find -> (gather_positives) -> count -> (sum_over_ranks) -> terms            forward
+    find -> (gather_positives) -> count -> (sum_over_processes) -> terms            forward
     spread                                                                      backward
 
 Each is a custom operator (``torch.ops.alrp_triton.*``) with a kernel, for whatever device, and a fake kernel that tells
@@ -36,7 +36,7 @@ tells the place in it that each row has.
   own gradients at the positives, 0 elsewhere; and that in the values ``(P,)``, in ``dtype``. ``first``, ``second`` and
   ``of_values`` are what is to be scaled with of own gradients, 0-d: incoming gradients, or None for 0. A gradient that
   only Nones go into is empty.
-* ``gather_positives``, ``sum_over_ranks``: see :mod:`alrp_triton.distributed`.
+* ``gather_positives``, ``sum_over_processes``: see :mod:`alrp_triton.distributed`.
 
 A row that is not finite makes every result of its group NaN that counts; so do a value or weight in what contains it,
 and a negative that is NaN. In ``spread`` a negative that is NaN has a gradient of NaN. Results are bitwise repeatable
@@ -103,7 +103,7 @@ def _gather_positives(
     return rows.new_empty(total), values.new_empty(total), groups, order, mine
 
 
-def _sum_over_ranks(numbers: Tensor, *_: Any) -> Tensor:
+def _sum_over_processes(numbers: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(numbers)
 
 
@@ -151,10 +151,10 @@ gather_positives = _define(
     dispatch.gather_positives,
     _gather_positives,
 )
-sum_over_ranks = _define(
-    "sum_over_ranks(Tensor numbers, Tensor(a!) collectives, str process_group) -> Tensor",
-    distributed.sum_over_ranks,
-    _sum_over_ranks,
+sum_over_processes = _define(
+    "sum_over_processes(Tensor numbers, Tensor(a!) collectives, str process_group) -> Tensor",
+    distributed.sum_over_processes,
+    _sum_over_processes,
 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from ..checks import check_tensor
-from ..distributed import ProcessGroup, tells_the_others
+from ..distributed import ProcessGroup, propagates_errors
 
 try:
     from torchvision.ops import generalized_box_iou_loss
@@ -46,7 +46,7 @@ def in_deviations(deltas: Tensor, weights: Sequence[float]) -> Tensor:
     return deltas * (deltas.new_tensor(STANDARD) / deltas.new_tensor(weights))
 
 
-@tells_the_others
+@propagates_errors
 def checked(boxes: Boxes, box_loss: BoxLoss, *, process_group: ProcessGroup | None) -> Boxes:
     """The boxes in one dtype, float32 at least."""
     dtype, shape = torch.float32, boxes.predicted.shape

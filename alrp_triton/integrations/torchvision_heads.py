@@ -10,7 +10,7 @@ from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
 
 from ..checks import check_values
-from ..distributed import ProcessGroup, tells_the_others
+from ..distributed import ProcessGroup, propagates_errors
 from ..targets import IGNORE_INDEX
 from . import methods
 from .atss import atss_match
@@ -344,7 +344,7 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
     return Boxes(predicted, target, in_deviations(deltas, weights), in_deviations(target_deltas, weights))
 
 
-@tells_the_others
+@propagates_errors
 def _check_labels(targets: list[Target], first: int, last: int, *, process_group: ProcessGroup | None) -> None:
     """ValueError unless each box has one label, of a class of the head (on a GPU: an asynchronous device assertion)."""
     for image, target in enumerate(targets):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from ..distributed import ProcessGroup, tells_the_others
+from ..distributed import ProcessGroup, propagates_errors
 from .head_loss import HeadLoss, greatest_scores
 from .masks import draw_masks
 from .torchvision_heads import RoIHeads, Target
@@ -84,7 +84,7 @@ class MaskRoIHeads(RoIHeads):
         _check_masks(targets, process_group=self.loss.criterion.process_group)
 
 
-@tells_the_others
+@propagates_errors
 def _check_masks(targets: list[Target], *, process_group: ProcessGroup | None) -> None:
     """ValueError unless each box has a mask: torchvision takes too many, and too few are read beyond their memory."""
     for image, target in enumerate(targets):

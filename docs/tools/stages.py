@@ -26,7 +26,7 @@ STAGES = (
     Stage("find", "reads the targets, sorts the positives", 1.6),
     Stage("gather_positives", "the positives of all processes", 3.4, told=True),
     Stage("count", "positives against this process' negatives", 5.0),
-    Stage("sum_over_ranks", "adds up over the processes", 6.8, told=True),
+    Stage("sum_over_processes", "adds up over the processes", 6.8, told=True),
     Stage("terms", "positives among themselves, formulas", 8.4),
     Stage("spread", "what each logit is pulled or pushed by", 11.0),
 )

@@ -136,7 +136,7 @@ def test_an_error_without_tensors_reaches_the_others(
     monkeypatch.setattr(distributed, "name_and_size", group_of)
     monkeypatch.setattr(distributed, "_group", group_of)
     monkeypatch.setattr(distributed, "_counts", tell)
-    distributed._tell(object(), "an error", torch.device(given))  # pyright: ignore[reportPrivateUsage]
+    distributed._send_failure(object(), "an error", torch.device(given))  # pyright: ignore[reportPrivateUsage]
     assert told == [torch.device(wanted)]
 
 
@@ -154,7 +154,7 @@ def test_one_process_is_a_group(tmp_path: Path) -> None:
             order = torch.arange(5)
             arguments = scores, scores, groups, order, distributed.COLLECTIVES, "a call", name, "auto"
             torch.library.opcheck(operators.gather_positives, arguments, test_utils=("test_schema", "test_faketensor"))
-        torch.library.opcheck(operators.sum_over_ranks, (scores, distributed.COLLECTIVES, name), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+        torch.library.opcheck(operators.sum_over_processes, (scores, distributed.COLLECTIVES, name), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
     finally:
         dist.destroy_process_group()
     for out, gradient in zip(results, gradients, strict=True):
