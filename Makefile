@@ -39,7 +39,8 @@ SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_po
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
 OF_VERSIONS := compiler/test_torch_compile bench/test_gpu_parts core/test_binned core/test_comparison_matrix \
-  integrations/test_masks integrations/test_torchvision losses/test_alrp losses/test_ap_and_rank_sort losses/test_balance \
+  integrations/test_masks integrations/test_torchvision integrations/test_torchvision_inputs \
+  integrations/test_torchvision_models losses/test_alrp losses/test_ap_and_rank_sort losses/test_balance \
   losses/test_boxes losses/test_errors losses/test_groups losses/test_losses losses/test_reference losses/test_targets \
   losses/test_training metrics/test_lrp project/test_api project/test_readme project/test_suite
 OTHERWISE := $(WORKERS) -k "$(SAMPLE)" $(OF_VERSIONS:%=tests/%.py) $(PYTEST)

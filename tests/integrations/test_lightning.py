@@ -17,8 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from alrp_triton.integrations.head_loss import Boxes, HeadLoss
 from alrp_triton.integrations.lightning import LogRankingLoss
 from alrp_triton.integrations.torchvision import use_ranking_loss
-from tests.integrations.test_torchvision import SIZE, retinanet
 from tests.support.compare import assert_near
+from tests.support.torchvision_models import SIZE, retinanet
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{warning}")

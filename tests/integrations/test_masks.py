@@ -20,7 +20,9 @@ from torchvision.models.detection import roi_heads
 from alrp_triton.integrations.head_loss import HeadLoss
 from alrp_triton.integrations.masks import MOST_MASKS, dice_error, draw_masks
 from alrp_triton.integrations.torchvision import remove_ranking_loss, use_ranking_loss
-from tests.integrations.test_torchvision import (
+from tests.support.compare import assert_near
+from tests.support.masks_by_hand import Array, crop, gradient_of_masks
+from tests.support.torchvision_models import (
     CLASSES,
     SIZE,
     Batch,
@@ -30,8 +32,6 @@ from tests.integrations.test_torchvision import (
     retinanet,
     spread,
 )
-from tests.support.compare import assert_near
-from tests.support.masks_by_hand import Array, crop, gradient_of_masks
 
 
 def discs(counts: tuple[int, ...] = (4, 0, 3)) -> Batch:

@@ -26,7 +26,7 @@ from alrp_triton.integrations.atss import atss_match
 from alrp_triton.integrations.head_loss import Boxes, HeadLoss, Loss
 from alrp_triton.integrations.masks import dice_error, draw_masks
 from alrp_triton.integrations.torchvision import use_ranking_loss
-from tests.integrations.test_torchvision import faster_rcnn, retinanet
+from tests.support.torchvision_models import faster_rcnn, retinanet
 
 PAGE = (ROOT / "docs" / "published.md").read_text()
 
