@@ -26,7 +26,8 @@ class aLRPLoss:  # noqa: N801 (the published name)
 
         Args:
             logits: scores of all anchors and classes, any shape.
-            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, see there.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, as for
+                :func:`alrp_triton.alrp_loss`.
             regression_losses: localisation errors of the positives, ``(P,)``; not differentiated.
             delta: half-width of the step.
             eps: as for :func:`alrp_triton.alrp_loss`.
@@ -53,7 +54,8 @@ class APLoss:
 
         Args:
             logits: scores of all anchors and classes, any shape.
-            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, see there.
+            targets: the same shape: 1 positive, 0 negative, -1 ignored; or class indices, as for
+                :func:`alrp_triton.alrp_loss`.
             delta: half-width of the step.
 
         Returns:

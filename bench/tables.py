@@ -1,5 +1,6 @@
 """Markdown."""
 
+import re
 from typing import Any
 
 
@@ -16,7 +17,11 @@ def commit(run: dict[str, Any]) -> str:
     return f"{of}{' with changes' if run['dirty'] else ''}, {run['date']}"
 
 
+_NUMBER = re.compile(r"\*{0,2}[-+]?\d|$")
+
+
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are text."""
-    marks = ["---"] * left + ["---:"] * (len(head) - left)
+    """A Markdown table; the first ``left`` columns are text, and others in which something is no number."""
+    text = [index < left or not all(_NUMBER.match(row[index]) for row in rows) for index in range(len(head))]
+    marks = ["---" if of_text else "---:" for of_text in text]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))

@@ -41,7 +41,7 @@ class QueryLosses(DetectorLoss):
     Args:
         names: of those that are made at once, ``"last"`` among them.
         warm_start: steps with the library's own losses. The loss of ``"last"`` has it, and it is that of all outputs.
-        arguments: of each :class:`HeadLoss`; its box loss is GIoU.
+        **arguments: of each :class:`HeadLoss`; its box loss is GIoU.
 
     Raises:
         ValueError: ``box_weight`` without ``"alrp"``; and what :class:`HeadLoss` and :func:`check_warm_start` raise.

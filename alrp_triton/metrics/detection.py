@@ -65,7 +65,7 @@ class OptimalLRP(Metric):
         score_threshold: also compute LRP of the detections that score at least this.
         class_metrics: also return the results of the classes.
         backend: the package that matches, ``"faster_coco_eval"`` or ``"pycocotools"``.
-        kwargs: those of :class:`torchmetrics.Metric`.
+        **kwargs: those of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError, ValueError: an argument that means nothing. In ``update``: lists of different length, missing keys,

@@ -39,10 +39,8 @@ def _bars(axes: Any, rows: list[Row], label: str) -> None:
         where = [labels.index(key) + (index - len(names) / 2 + 0.5) * 0.8 / len(names) for key in mine]
         axes.bar(where, list(mine.values()), 0.8 / len(names), color=_COLOURS[name], label=name)
     axes.set(yscale="log", ylabel="ms, forward + backward")
-    texts = [str(text) for text in labels]
+    texts = [str(text).replace(", ", ",\n") for text in labels]  # or they run into each other
     axes.set_xticks(range(len(labels)), texts, fontsize=8)
-    if max(map(len, texts)) > 10:  # or they run into each other
-        axes.tick_params("x", rotation=15)
     axes.grid(alpha=0.3, axis="y", lw=0.4)
 
 

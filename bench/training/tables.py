@@ -215,7 +215,7 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
         figure.savefig(written[-1], dpi=110, metadata={"Software": None})
         plt.close(figure)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for loss, runs in by_loss.items():
         style: dict[str, Any] = {"color": colours[loss], "lw": 2.2 if loss == "aLRP" else 1.2, "label": loss}
         for axes, series in (
@@ -227,9 +227,9 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
             axes.plot(steps, of_seeds.mean(0), **style)
             axes.fill_between(steps, of_seeds.min(0), of_seeds.max(0), color=colours[loss], alpha=0.12)
     left.set(xlabel="step", ylabel="AP on held-out images", title="AP, mean and range of the seeds")
-    right.set(xlabel="step", yscale="log", title="gradient of negatives / gradient of positives (sums of magnitudes)")
+    right.set(xlabel="step", yscale="log", title="gradients: sum of negatives / sum of positives")
     right.axhline(1, color="black", lw=0.6)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", lw=0.4)
     save(figure, "curves")

@@ -20,12 +20,13 @@ class Page(NamedTuple):
 
 
 def convert(notebook: dict[str, Any], folder: str = "plots/figure1") -> Page:
-    """Cells and outputs one after the other; of an output, the plot if it is one, else the text."""
+    """Cells and outputs one after the other: plots, and all that a cell printed, which may be stored in pieces."""
     parts: list[str] = []
     plots: dict[str, bytes] = {}
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = ""
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
@@ -33,8 +34,9 @@ def convert(notebook: dict[str, Any], folder: str = "plots/figure1") -> Page:
                 plots[name] = base64.b64decode("".join(data["image/png"]))
                 parts.append(f"![plot of the cell above]({name})")
             else:
-                text = "".join(output.get("text", data.get("text/plain", "")))
-                parts.append(f"```\n{text.rstrip()}\n```")
+                printed += "".join(output.get("text", data.get("text/plain", "")))
+        if printed:
+            parts.append(f"```\n{printed.rstrip()}\n```")
     return Page("\n\n".join(parts) + "\n", plots)
 
 

@@ -17,11 +17,20 @@ PACKAGE = "alrp_triton"
 _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _POWER = re.compile(r"(?<=\d)\*\*(?=[-\d])(?=[^`]*(?:`[^`]*`[^`]*)*$)")
 _COMMAND = "alrp-train"
+_REFERENCE = re.compile(r"^Reference:((?: .*)?(?:\n +.*)*)", re.MULTILINE)
+_TWO_ERRORS = re.compile(r"^( +\w+Error), (\w+Error:)", re.MULTILINE)
+_VARIADIC = {griffe.ParameterKind.var_positional, griffe.ParameterKind.var_keyword}
+# Where an attribute is set is no news for who reads what it is.
+_PLACES = {"class-attribute", "instance-attribute", "module-attribute"}
 
 
 def to_markdown(text: str, link: Callable[[str], str]) -> str:
-    """A docstring with fences for ``::``, and with what ``link`` makes of the name in each role."""
-    lines = text.splitlines()
+    """A docstring with fences for ``::``, and with what ``link`` makes of the name in each role.
+
+    A reference is a paragraph, which griffe would make a box of, and errors of one cause are one *or* the other.
+    """
+    text = _REFERENCE.sub(lambda found: f"**Reference:** {' '.join(found[1].split())}", text)
+    lines = _TWO_ERRORS.sub(r"\1 or \2", text).splitlines()
     done: list[str] = []
     while lines:
         line = lines.pop(0)
@@ -34,7 +43,8 @@ def to_markdown(text: str, link: Callable[[str], str]) -> str:
             block.append(lines.pop(0))
         code = textwrap.dedent("\n".join(block)).strip("\n")
         if line.strip() != "::":
-            done += [_prose(line.rstrip()[:-1], link), ""]
+            title = line.rstrip()[:-1]
+            done += ["**Example:**" if title == "Example:" else _prose(title, link), ""]
         done += [" " * indent + row for row in ("```" + _language(code), *code.splitlines(), "```", "")]
     return "\n".join(done)
 
@@ -95,13 +105,18 @@ def _beside(owner: griffe.Object, name: str) -> griffe.Object | griffe.Alias | N
 
 
 def value_of(owner: griffe.Object, default: str | griffe.Expr | None) -> str | griffe.Expr | None:
-    """The number or text that a default stands for, if it is the name of a constant; else the default as it is."""
+    """The number or text that a default stands for, if it is the name of a constant; else the default as it is.
+
+    Text is in double quotes, as in the code.
+    """
     while isinstance(default, griffe.ExprName):
         found = _near(owner, default.name)
         constant = found.final_target if isinstance(found, griffe.Alias) else found
         if not isinstance(constant, griffe.Attribute) or constant.value is None:
             break
         owner, default = constant, constant.value
+    if isinstance(default, str) and default.startswith("'") and '"' not in default:
+        return f'"{default[1:-1]}"'
     return default
 
 
@@ -114,9 +129,11 @@ class Docstrings(griffe.Extension):
     def _rewrite(self, owner: griffe.Object) -> None:
         if owner.docstring:
             owner.docstring.value = to_markdown(owner.docstring.value, lambda name: self._link(owner, name))
+        owner.labels -= _PLACES
         if isinstance(owner, griffe.Function):
             for parameter in owner.parameters:
-                parameter.default = value_of(owner, parameter.default)
+                variadic = parameter.kind in _VARIADIC
+                parameter.default = None if variadic else value_of(owner, parameter.default)
         for member in owner.members.values():
             if isinstance(member, griffe.Object):
                 self._rewrite(member)

@@ -115,7 +115,16 @@ def test_links_fences_powers_and_defaults(package: "griffe.Module") -> None:
     assert r"[2\*\*-126, 2\*\*125]" in text
     assert "`alrp_triton.cost`" in text
     assert str(loss.parameters["delta"].default) == "1.0"
-    assert "```python\ncriterion = ALRPLoss()\n" in package["ALRPLoss"].final_target.docstring.value
+    assert "**Example:**\n\n```python\ncriterion = ALRPLoss()\n" in package["ALRPLoss"].final_target.docstring.value
+
+
+def test_references_errors_and_what_is_no_default(package: "griffe.Module") -> None:
+    assert "\n**Reference:** Oksuz, Cam, Akbas, Kalkan: " in package["alrp_loss"].final_target.docstring.value
+    assert "\n    TypeError or ValueError: " in package["SelfBalance"].final_target.docstring.value
+    assert str(package["alrp_loss"].final_target.parameters["backend"].default) == '"auto"'
+    metric = package["metrics.detection.OptimalLRP"]
+    assert metric["__init__"].parameters["kwargs"].default is None
+    assert package["functional.ALRPLossOutput.classification"].labels == set()
 
 
 def test_a_role_that_names_nothing_is_an_error(package: "griffe.Module") -> None:
