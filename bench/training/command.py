@@ -7,6 +7,7 @@ changed.
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from ..run import store
@@ -15,12 +16,18 @@ from .runs import Job, compare, repeat, result_file, write_json
 from .studies import LOSSES, STUDIES
 
 
+def _study(text: str) -> str:
+    if text not in STUDIES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(STUDIES)}, got {text}")
+    return text
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("comparison"), help="folder of pictures and runs")
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="all runs of a study or several")
-    run.add_argument("studies", nargs="*", choices=[[], *STUDIES], help="which (default: all)")
+    run.add_argument("studies", nargs="*", type=_study, metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
     again = commands.add_parser("repeat", help="runs once more, to compare them with the result file")
     again.add_argument("study", choices=STUDIES)
     again.add_argument("--loss", choices=LOSSES, help="one loss (default: all of the study)")
@@ -32,8 +39,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Compare, or do one run of a comparison."""
+    """Compare, or do one run of a comparison; the exit status is 1 if a result is not what it should be."""
     options = _parse(arguments)
+    try:
+        _do(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _do(options: argparse.Namespace) -> None:
     if options.command == "one":
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         job = Job(options.study, options.loss, options.lr, options.seed, options.steps)
@@ -49,4 +65,3 @@ def main(arguments: list[str]) -> int:
     else:
         for study in getattr(options, "studies", None) or STUDIES:
             store(compare(study, options.work), result_file(study))
-    return 0
