@@ -88,7 +88,8 @@ class HeadLoss(nn.Module):
         backend: see :func:`alrp_triton.alrp_loss`.
 
     Attributes:
-        box_weight: 0-d tensor, the weight of the box loss in the last step (NaN before the first); for logs.
+        box_weight: 0-d tensor, the weight of the box loss in the last step; for logs. NaN before the first, and where a
+            library's own box loss stays.
         box_error: 0-d tensor, the plain mean of the positives' box losses, 1 - GIoU or smooth L1, before ranks and
             weights, in the last step in which this process had any (NaN before the first). For logs: it is what falls
             as boxes improve, where aLRP's localisation part depends on the ranks too.

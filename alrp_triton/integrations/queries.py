@@ -6,6 +6,7 @@ and ``pred_boxes`` ``(B, Q, 4)``, targets ``labels`` (transformers: ``class_labe
 w, h, in units of the image.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -108,7 +109,10 @@ def ranked(
             real = target["valid"].to(logits.device)[objects].bool()
             queries, objects = queries[real], objects[real]
         labels = target["class_labels" if "class_labels" in target else "labels"]
-        classes[image, queries] = labels.to(classes.device, classes.dtype)[objects]
+        labels = labels.to(classes.device, classes.dtype)[objects]
+        if labels.device.type == "cpu":  # on a GPU the loss itself looks, and no host waits
+            _check_labels(labels, logits.shape[-1], image)
+        classes[image, queries] = labels
         matched[image, queries] = target["boxes"].to(matched.device, matched.dtype)[objects]
         positive[image, queries] = True
     corners = (box_convert(at_least_float32(each[positive]), "cxcywh", "xyxy") for each in (boxes, matched))
@@ -117,6 +121,13 @@ def ranked(
         numbers = torch.arange(logits.shape[1], device=logits.device) // (logits.shape[1] // groups)
         apart = numbers.expand(logits.shape[:2])
     return head_loss(logits, classes, Boxes(*corners), apart)
+
+
+def _check_labels(labels: Tensor, classes: int, image: int) -> None:
+    """Raise ValueError unless all are classes: -1, and one beyond the last, would be taken for no object at all."""
+    wrong = labels[(labels < 0) | (labels >= classes)].unique().tolist()
+    if wrong:
+        raise ValueError(f"labels of targets must be in 0..{classes - 1}, got {wrong} in image {image}")
 
 
 def logits_of(outputs: Mapping[str, Any]) -> Any:
@@ -245,6 +256,8 @@ class Ranking:
         def ranking() -> HeadLosses:
             groups = self._groups(logits.shape[1])
             out = ranked(head_loss, logits, outputs["pred_boxes"], targets, indices, groups)
+            if not self.ranks_boxes:  # boxes keep their own loss, with the weight that the library gives it
+                head_loss.box_weight = torch.full_like(head_loss.box_weight, math.nan)
             return HeadLosses(out.classification * self.scale, out.box * self.scale)
 
         out = start.blended(lambda: (own, torch.zeros_like(own)), ranking)  # boxes() has their box loss

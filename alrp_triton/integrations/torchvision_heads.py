@@ -346,11 +346,16 @@ def _decoded(coder: BoxCoder, deltas: Tensor, target_deltas: Tensor, anchors: Te
 
 @propagates_errors
 def _check_labels(targets: list[Target], first: int, last: int, *, process_group: ProcessGroup | None) -> None:
-    """ValueError unless each box has one label, of a class of the head (on a GPU: an asynchronous device assertion)."""
+    """Raise TypeError or ValueError unless each box has one label, of a class of the head.
+
+    On a GPU the latter is an asynchronous device assertion.
+    """
     for image, target in enumerate(targets):
         shape, boxes = tuple(target["labels"].shape), len(target["boxes"])
         if shape != (boxes,):
             raise ValueError(f"labels of targets must have one entry a box, got {shape} for {boxes} in image {image}")
+        if target["labels"].is_floating_point():
+            raise TypeError(f"labels of targets must be integers, got {target['labels'].dtype} in image {image}")
     labels = torch.cat([target["labels"] for target in targets])
 
     def error() -> ValueError:

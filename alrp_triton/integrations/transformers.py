@@ -187,8 +187,9 @@ def load_ranking_loss(model: PreTrainedModel, folder: str | Path) -> None:
     other = sorted(own ^ state.keys())
     if other or not state:
         raise ValueError(
-            f"folder must have the state of a ranking loss as this model has it, {len(own)} values; {folder} has "
-            f"{len(state)}, and only one of both {', '.join(other[:3]) or 'nothing'}{' and others' * (len(other) > 3)}"
+            f"folder must have the state of a ranking loss as this model has it; {folder} has {len(state)} values, the "
+            f"model {len(own)}, and only one of them {', '.join(other[:3]) or 'nothing'}"
+            f"{' and others' * (len(other) > 3)}: call use_ranking_loss as when it was saved"
         )
     losses.load_state_dict(state)
 

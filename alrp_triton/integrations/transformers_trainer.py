@@ -74,9 +74,11 @@ class RankingLossCallback(TrainerCallback):
             except TypeError as error:
                 raise ValueError("period is 'later', and the loader of the training has no length: set it") from error
         if 0 < args.max_grad_norm < math.inf:
+            ranks_boxes = loss.losses.arguments["loss"] == "alrp"
+            why = "the weight of its box loss begins at 50, and " if ranks_boxes else ""
             warnings.warn(
                 f"max_grad_norm={args.max_grad_norm} clips gradients, which no published recipe of these losses does: "
-                "the weight of the box loss begins at 50, and most steps would have the same length whatever the loss; "
+                f"{why}most steps would have the same length whatever the loss; "
                 "pass TrainingArguments(max_grad_norm=0), or filter this warning if you mean it",
                 stacklevel=2,
             )

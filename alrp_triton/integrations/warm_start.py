@@ -13,7 +13,7 @@ Parts = tuple[Tensor, ...]
 
 def check_warm_start(warm_start: object) -> int:
     """The steps. TypeError or ValueError unless an int from 0 on."""
-    return check_integer("warm_start", warm_start, 0, 2**31, such_as="500; 0 for none")
+    return check_integer("warm_start", warm_start, 0, 2**31, such_as="such as 500, or 0 for none")
 
 
 class WarmStart(nn.Module):

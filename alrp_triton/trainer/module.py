@@ -88,7 +88,7 @@ class RankingDetector(LightningModule):
             {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         )
         self.settings: Any = self.hparams
-        if min(size, warm_up + 1, seed + 1, period or 1) < 1:
+        if min(size, warm_up + 1, seed + 1, 1 if period is None else period) < 1:
             seen = f"{size}, {period}, {warm_up}, {seed}"
             raise UserError(f"size and period must be at least 1, warm_up and seed at least 0, got {seen}")
         with torch.random.fork_rng(devices=()):

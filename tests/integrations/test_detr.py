@@ -1,6 +1,7 @@
 """Ranking losses in criteria by shape: RF-DETR's own, and small ones that call as those of RT-DETR and D-FINE do."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any, cast
@@ -224,6 +225,8 @@ def test_each_output_is_a_ranking_of_its_own(loss: Any, kind: str, order: Any) -
         giou = 50 * box if loss == "alrp" else theirs["loss_giou" + suffix]
         assert_near(ours["loss_giou" + suffix], giou, 1e-5, "loss_giou" + suffix)
         expected += [2 * classification] + ([50 * box] if loss == "alrp" else [])
+    # Boxes whose loss is the library's own have the library's weight, and none of ours to report.
+    assert all(math.isnan(each.box_weight) == (loss != "alrp") for each in losses.values())
     replaced = (key, "loss_giou") if loss == "alrp" else key
     torch.stack([value for name, value in ours.items() if name.startswith(replaced)]).sum().backward()
     torch.stack(expected).sum().backward()
@@ -393,6 +396,21 @@ def test_rf_detr_that_compiles_its_losses_calls_them_one_by_one() -> None:
     assert criterion._can_batch_detection_losses([], []) is False
     remove_ranking_loss(criterion)
     assert "_can_batch_detection_losses" not in vars(criterion)
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_labels_that_are_no_classes(label: int) -> None:
+    """The matching may let them pass; in the ranking they would stand for what is ignored, or for the background."""
+    criterion = Criterion()
+    use_ranking_loss(criterion, "rank_sort", backend="torch")
+    targets = [{**target, "labels": target["labels"].clone()} for target in TARGETS]
+    pairs = match(output(0), TARGETS)
+    image = next(index for index, target in enumerate(targets) if len(target["labels"]))
+    targets[image]["labels"][0] = label
+    with pytest.raises(
+        ValueError, match=rf"labels of targets must be in 0\.\.{CLASSES - 1}, got \[{label}\] in image {image}"
+    ):
+        criterion.get_loss("vfl", output(0), targets, pairs, 1.0)
 
 
 def test_what_is_no_such_criterion_is_refused() -> None:

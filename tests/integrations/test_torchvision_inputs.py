@@ -155,6 +155,14 @@ def test_labels_that_are_no_classes(name: str, first: int, last: int) -> None:
             make(name)[0](images, targets)
 
 
+def test_labels_are_integers() -> None:
+    images, targets = batch()
+    targets[2]["labels"] = targets[2]["labels"].float()
+    for name in ("retinanet", "fcos"):
+        with pytest.raises(TypeError, match=r"labels of targets must be integers, got torch\.float32 in image 2"):
+            make(name)[0](images, targets)
+
+
 def test_labels_are_as_many_as_boxes() -> None:
     for wrong in (torch.ones(2), torch.ones(6), torch.ones(3, 1)):
         images, targets = batch()

@@ -128,14 +128,14 @@ def test_a_saved_model_detects_as_before_and_goes_on(tmp_path: Path) -> None:
     remove_ranking_loss(model)
     model.save_pretrained(tmp_path / "without")
     before = plain.state_dict()
-    with pytest.raises(ValueError, match=r"without has 0, and only one of both .*\.balance\.\w+, .* and others"):
+    with pytest.raises(ValueError, match=r"without has 0 values, .* only one of them .*\.balance\.\w+, .* and others"):
         load_ranking_loss(plain, tmp_path / "without")
     other = build("RTDetr")
     for loss in ("rank_sort", "ap"):  # which have no state
         use_ranking_loss(other, loss)
         for folder in ("saved", "without"):
             with pytest.raises(
-                ValueError, match="folder must have the state of a ranking loss as this model has it, 0 val"
+                ValueError, match=r"folder must have the state .* the model 0, .*: call use_ranking_loss as when it was"
             ):
                 load_ranking_loss(other, tmp_path / folder)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in before.items())
@@ -190,7 +190,7 @@ def test_what_works_against_the_loss_is_warned_of(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="RTDetrForObjectDetection has none: call use_ranking_loss"):
         train(tmp_path, model)
     use_ranking_loss(model, "ap")
-    with pytest.warns(UserWarning, match=r"max_grad_norm=1\.0 clips gradients.*max_grad_norm=0"):
+    with pytest.warns(UserWarning, match=r"max_grad_norm=1\.0 clips gradients[^5]*max_grad_norm=0"):  # no weight of 50
         train(tmp_path, model, max_grad_norm=1.0, max_steps=1)
     report = Report()
     with pytest.warns(

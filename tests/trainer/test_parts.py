@@ -148,6 +148,7 @@ def test_accumulated_gradients(scenes: Path) -> None:
         ({"initial_weight": -3.0}, "initial_weight"),
         ({"size": 0}, "size and period must be at least 1, warm_up and seed at least 0, got 0, "),
         ({"period": -1}, "size and period must be at least 1"),
+        ({"period": 0}, "size and period must be at least 1"),
         ({"seed": -1}, "size and period must be at least 1"),
     ],
 )
