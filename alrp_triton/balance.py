@@ -132,16 +132,21 @@ class SelfBalance(nn.Module):
         # A copy: the next step changes the buffer, and this step's backward may still be to come.
         return localisation * self.weight.clone()
 
-    @torch.no_grad()
-    def _record(self, classification: Tensor, localisation: Tensor) -> None:
+    def told_period(self) -> int:
+        """The number. RuntimeError: it is ``"later"`` still."""
         if self._period == "later":
             raise RuntimeError("period is 'later': set it before the first step, an epoch in your steps, len(loader)")
+        return self._period
+
+    @torch.no_grad()
+    def _record(self, classification: Tensor, localisation: Tensor) -> None:
+        period = self.told_period()
         finite = classification.isfinite() & localisation.isfinite()
         self.classification_sum += torch.where(finite, classification, 0.0)
         self.localisation_sum += torch.where(finite, localisation, 0.0)
         self.steps += (classification != 0) | (localisation != 0)  # NaN is not 0
         automatic = self.steps < 0
-        ended = self.steps - automatic * _AUTOMATIC >= self._period  # beyond it after a resume with a shorter period
+        ended = self.steps - automatic * _AUTOMATIC >= period  # beyond it after a resume with a shorter period
         balanced = (self.localisation_sum + self.classification_sum) / self.localisation_sum  # NaN or inf for 0
         self.weight.copy_(torch.where((automatic | ended) & balanced.isfinite(), balanced, self.weight))
         for total in (self.steps, self.classification_sum, self.localisation_sum):

@@ -225,7 +225,11 @@ class HeadLoss(nn.Module):
 
     def blended(self, own: Callable[[], tuple[Tensor, ...]], ranked: Callable[[], HeadLosses]) -> HeadLosses:
         """The ranked losses; in a warm start, and until the ranking has taken over, the library's own with them."""
-        return ranked() if self.warm_start is None else HeadLosses(*self.warm_start(own, ranked))
+        if self.warm_start is None:
+            return ranked()
+        if self.balance is not None and self.training and torch.is_grad_enabled():
+            self.balance.told_period()  # before the first step, and not when the ranking begins
+        return HeadLosses(*self.warm_start(own, ranked))
 
     def count_step(self) -> None:
         """Moves the warm start on, where there is one; see :meth:`WarmStart.count`."""

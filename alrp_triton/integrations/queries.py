@@ -75,6 +75,11 @@ class QueryLosses(DetectorLoss):
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any
     ) -> None:
+        known = {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
+        if LAST in known:
+            # A state from before an output was seen, as averages of weights are begun with: it begins anew here, too.
+            for name in [name for name, loss in self.items() if name not in known and loss.state_dict()]:
+                del self[name]
         for key in state_dict:
             name, _, rest = key.removeprefix(prefix).partition(".")
             if key.startswith(prefix) and rest.startswith("balance."):

@@ -19,7 +19,9 @@ def check_warm_start(warm_start: object) -> int:
 class WarmStart(nn.Module):
     """The first ``length`` steps have one loss; in as many more the other takes over, linearly.
 
-    The count of steps is a buffer, in the ``state_dict``; the host waits for it once after loading.
+    The count of steps is a buffer, in the ``state_dict``. The host knows it, and waits for it where others have written
+    it: a loaded state, the other processes of DistributedDataParallel, an average of weights. Once the second loss has
+    taken over only a loaded state is looked at.
     """
 
     steps: Tensor
@@ -27,15 +29,25 @@ class WarmStart(nn.Module):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        self.register_buffer("steps", torch.tensor(0))
+        with torch.inference_mode(False):  # else no later step may change it
+            self.register_buffer("steps", torch.tensor(0))
         self._known: int | None = 0
+        self._written = self._stamp()
+
+    def _stamp(self) -> tuple[int, int]:
+        """Another one whenever the buffer has been written into, or is another tensor."""
+        return id(self.steps), -1 if self.steps.is_inference() else self.steps._version
+
+    def _count(self) -> int:
+        over = self._known is not None and self._known >= 2 * self.length
+        if self._known is None or not (over or torch.compiler.is_compiling() or self._written == self._stamp()):
+            self._known, self._written = int(self.steps), self._stamp()
+        return self._known
 
     @property
     def share(self) -> float:
         """That of the second loss in this step."""
-        if self._known is None:
-            self._known = int(self.steps)
-        return min(max((self._known + 1 - self.length) / (self.length + 1), 0.0), 1.0)
+        return min(max((self._count() + 1 - self.length) / (self.length + 1), 0.0), 1.0)
 
     def forward(self, first: Callable[[], Parts], second: Callable[[], Parts]) -> Parts:
         """The parts of both losses, blended; a loss of which nothing is taken is not computed."""
@@ -50,12 +62,18 @@ class WarmStart(nn.Module):
     def count(self) -> None:
         """The step is over. In ``eval`` mode, and where gradients are disabled, it was none."""
         if self.training and torch.is_grad_enabled():
-            self._known = (int(self.steps) if self._known is None else self._known) + 1
+            self._known = self._count() + 1
             self.steps.fill_(self._known)
+            if not torch.compiler.is_compiling():
+                self._written = self._stamp()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._known = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known, self._written = None, (0, 0)  # of another tensor
 
     def extra_repr(self) -> str:
         return f"length={self.length}"

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 pytest.importorskip("torchvision.ops", reason="the integrations need torchvision", exc_type=ImportError)
 pytest.importorskip("scipy", reason="queries are matched by scipy", exc_type=ImportError)
@@ -301,6 +302,27 @@ def test_state_goes_with_the_criterion() -> None:
     state = {"0.balance.weight": torch.tensor(1.0)}
     with pytest.raises(ValueError, match=r"by number, '0.balance.weight'.*such as 'last', 'auxiliary_0'"):
         losses.load_state_dict(state)
+
+
+def test_averages_of_weights_that_begin_before_the_first_step() -> None:
+    """As RF-DETR's do by default: a copy that has not seen the outputs, loaded back at the end, and by a run that goes on."""
+    criterion = LikeRTDetr()
+    losses = use_ranking_loss(criterion, "alrp", period=100, backend="torch")
+    average: Any = AveragedModel(criterion)
+    criterion(rt_detr_outputs(), TARGETS)
+    seen = list(losses)
+    state = copy.deepcopy(average.state_dict())
+    AveragedModel(criterion).load_state_dict(state)
+    criterion.load_state_dict(average.module.state_dict())
+    assert list(losses) == ["last"]
+    assert losses["last"].balance is not None
+    assert losses["last"].balance.steps == 0
+    criterion(rt_detr_outputs(), TARGETS)
+    assert list(losses) == seen
+    with pytest.raises(
+        RuntimeError, match=r"Missing key.*ranking_loss\.auxiliary_0"
+    ):  # what is no state of them is none
+        criterion.load_state_dict({})
 
 
 def rf_detr(**settings: Any) -> Any:

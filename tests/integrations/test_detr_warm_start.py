@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from tests.support.compare import assert_blend, assert_near
 
@@ -140,3 +141,46 @@ def test_what_cannot_be_blended_is_refused() -> None:
     other.weight_dict = None
     with pytest.raises(ValueError, match="in weight_dict, to give it to the criterion's own; got none"):
         detr.use_ranking_loss(other, period=1, warm_start=5)
+
+
+def test_a_count_that_others_have_written() -> None:
+    """Averages of weights copy into buffers, and so do processes that begin with the first one's, or a user."""
+    criterion = LikeRTDetr()
+    losses = detr.use_ranking_loss(criterion, "rank_sort", backend="torch", warm_start=2)
+    average: Any = AveragedModel(criterion)
+    for _ in range(4):
+        criterion(rt_detr_outputs(), TARGETS)
+    of_average = average.module.ranking_loss["last"].warm_start
+    assert (losses["last"].share, of_average.share) == (1, 0)
+    of_average.steps.fill_(4)
+    assert of_average.share == 1
+    copied: Any = copy.deepcopy(average)
+    assert copied.module.ranking_loss["last"].share == 1
+    again: Any = detr.use_ranking_loss(criterion, "rank_sort", backend="torch", warm_start=2)["last"]
+    criterion(rt_detr_outputs(), TARGETS)
+    again.warm_start.steps.fill_(2)
+    assert again.share == pytest.approx(1 / 3)
+    criterion(rt_detr_outputs(), TARGETS)
+    assert (int(again.warm_start.steps), again.share) == (3, pytest.approx(2 / 3))
+
+
+def test_a_period_is_told_before_the_first_step() -> None:
+    """And not in the step in which the ranking begins."""
+    criterion = LikeRTDetr()
+    losses = detr.use_ranking_loss(criterion, "alrp", period="later", backend="torch", warm_start=1000)
+    with torch.no_grad():
+        criterion(rt_detr_outputs(), TARGETS)
+    with pytest.raises(RuntimeError, match="period is 'later': set it before the first step"):
+        criterion(rt_detr_outputs(), TARGETS)
+    losses.set_period(10)
+    criterion(rt_detr_outputs(), TARGETS)
+
+
+def test_made_in_inference_mode() -> None:
+    criterion = LikeRTDetr()
+    with torch.inference_mode():
+        losses = detr.use_ranking_loss(criterion, "alrp", period=9, backend="torch", warm_start=1)
+    for steps in (1, 2):
+        criterion(rt_detr_outputs(), TARGETS)
+        assert losses["last"].warm_start is not None
+        assert int(losses["last"].warm_start.steps) == steps
