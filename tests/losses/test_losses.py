@@ -37,6 +37,9 @@ def test_dtypes(loss: str, name: str, dtype: torch.dtype, backend: Backend, devi
     found = run(case, backend, device, dtype)
     assert {value.dtype for value in found.losses.values()} == {torch.promote_types(dtype, torch.float32)}
     assert {gradient.dtype for gradient in found.gradients.values()} == {dtype}
+    if loss == "alrp":
+        assert found.others["rank"].dtype == torch.promote_types(dtype, torch.float32)
+        assert found.others["gradient of box errors"].dtype == torch.float32  # as they are
     assert_matches(found, oracle(case), 1e-6, of_gradient=TOLERANCE[dtype])
 
 
@@ -55,6 +58,9 @@ def test_invariants(loss: str, name: str, backend: Backend, device: str) -> None
 
     found = run(case)
     assert all(0 <= value <= 1 for key, value in found.losses.items() if key != "localisation")
+    if loss == "alrp":
+        assert (found.others["rank"] >= 1).all()
+        assert (found.others["gradient of box errors"] >= 0).all()
     negative, positive = (torch.tensor(case.targets == target, device=device) for target in (0, 1))
     for key, gradient in found.gradients.items():
         assert_balanced(gradient, 1e-6)
