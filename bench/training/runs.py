@@ -104,7 +104,8 @@ def compare(study: str, work: Path) -> dict[str, Any]:
     """A whole study.
 
     Raises:
-        ValueError: a run diverged at the learning rate that was chosen; the rates are those of a study that is missing.
+        ValueError: a run diverged at the learning rate that was chosen; the rates are those of a study that is missing;
+            what a former call left is of other settings.
     """
     of, run = STUDIES[study], describe_run(CPU)
     folder, data = work / study, data_of(of.data, work)
@@ -112,6 +113,9 @@ def compare(study: str, work: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"run": run, "command": f"python -m bench train run {study}", "about": of.about}
     if of.turns:
         report["times"] = kept(folder / "times.json", lambda: time_all(study, data))
+        if report["times"]["turns"] != of.turns:
+            seen = f"{report['times']['turns']} turns, not of {of.turns}"
+            raise ValueError(f"{folder / 'times.json'} is of {seen}: remove {folder}")
     if isinstance(of.rates, Tuned):
         to_tune = data_of(of.data, work, tuning=True)
         report["tuning"] = tune(study, lambda jobs: run_apart(jobs, to_tune, folder))

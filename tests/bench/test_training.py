@@ -222,13 +222,19 @@ def test_a_run_that_diverges(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(studies.STUDIES, "digits", TINY._replace(losses=("aLRP",)))
     short = {"diverged": None, "evaluations": [{"AP": 0.5}]}
 
+    def kept(*arguments: Any) -> dict[str, Any]:
+        return {"turns": 2}
+
     def run_apart(jobs: Sequence[running.Job], *arguments: Any) -> list[dict[str, Any]]:
         return [run if job.steps == 4 else short for job in jobs]
 
-    monkeypatch.setattr(running, "kept", nothing)
+    monkeypatch.setattr(running, "kept", kept)
     monkeypatch.setattr(running, "data_of", nothing)
     monkeypatch.setattr(running, "run_apart", run_apart)
     with pytest.raises(ValueError, match="not finite at the learning rate of the best short run: aLRP, seed 0, step 3"):
+        running.compare("digits", tmp_path)
+    monkeypatch.setitem(studies.STUDIES, "digits", TINY._replace(turns=3))
+    with pytest.raises(ValueError, match=r"times\.json is of 2 turns, not of 3"):
         running.compare("digits", tmp_path)
 
 
