@@ -18,7 +18,7 @@ from .run import RESULTS, ROOT
 from .speed.contenders import BASELINES, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, SEARCH
 from .speed.problems import HEADLINE
 from .speed.timing import Row, exponents
-from .tables import commit, number, table
+from .tables import commit, mean_and_range, number, table
 from .training import tables as comparison_tables
 
 PAGES = (
@@ -149,8 +149,7 @@ def _warm_start(report: dict[str, Any]) -> str:
     for length in dict.fromkeys(run["warm_start"] for run in report["runs"]):
         runs = [run["evaluations"] for run in report["runs"] if run["warm_start"] == length]
         cells = [[each["AP"] for each in at_step] for at_step in zip(*runs, strict=True)]
-        shown = [f"{sum(aps) / len(aps):.3f} ({min(aps):.3f} to {max(aps):.3f})" for aps in cells]
-        lines.append([str(length), *shown])
+        lines.append([str(length), *(mean_and_range(aps, 3) for aps in cells)])
     steps = [f"step {each['step']}" for each in report["runs"][0]["evaluations"]]
     return table(["`warm_start`", *steps], lines, left=0)
 

@@ -1,7 +1,10 @@
 """Markdown."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 
 def number(value: float | None) -> str:
@@ -9,6 +12,12 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def mean_and_range(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """The mean, and the least and the greatest behind it; ``"+"``: with the sign of a difference."""
+    least, mean, most = (format(float(f(values)), f"{sign}.{digits}f") for f in (np.min, np.mean, np.max))
+    return f"{mean} ({least} to {most})"
 
 
 def commit(run: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tables import commit, number, table
+from ..tables import commit, mean_and_range, number, table
 
 _METRICS = {
     "AP": "AP",
@@ -28,8 +28,7 @@ def _by_loss(report: dict[str, Any]) -> dict[str, Runs]:
 
 def _mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """Mean, and the range over the seeds."""
-    least, mean, most = (scale * float(f(values)) for f in (np.min, np.mean, np.max))
-    return f"{mean:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+    return mean_and_range([scale * value for value in values], digits)
 
 
 def _results(report: dict[str, Any]) -> str:
@@ -67,9 +66,7 @@ def _paired(report: dict[str, Any]) -> str:
         line = [name]
         for key, of in quantities.items():
             differences = [of(one) - of(other) for one, other in pairs]
-            least, mean, most = np.min(differences), np.mean(differences), np.max(differences)
-            digits = 3 if "correlation" in key else 1
-            line.append(f"{mean:+.{digits}f} ({least:+.{digits}f} to {most:+.{digits}f})")
+            line.append(mean_and_range(differences, 3 if "correlation" in key else 1, "+"))
         lines.append(line)
     return table([f"less {first}, seed by seed", *quantities], lines)
 
