@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .coco import Coco as Coco
     from .coco import Part as Part
     from .coco import find_part as find_part
-    from .data import Batch as Batch
     from .data import CocoDataModule as CocoDataModule
-    from .data import CocoDetection as CocoDetection
+    from .dataset import Batch as Batch
+    from .dataset import CocoDetection as CocoDetection
     from .detectors import DETECTORS as DETECTORS
     from .errors import UserError as UserError
     from .evaluation import Evaluation as Evaluation
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "coco": ("Coco", "Part", "find_part"),
-    "data": ("Batch", "CocoDataModule", "CocoDetection"),
+    "data": ("CocoDataModule",),
+    "dataset": ("Batch", "CocoDetection"),
     "detectors": ("DETECTORS",),
     "errors": ("UserError",),
     "evaluation": ("Evaluation", "Found", "as_results", "evaluate"),

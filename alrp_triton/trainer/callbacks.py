@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgres
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .data import batches_had
+from .sampling import batches_had
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 

@@ -37,7 +37,7 @@ def evaluate(found: Sequence[Found], categories: Mapping[int, str]) -> Evaluatio
     """Evaluates the detections of all images, each once.
 
     Args:
-        found: with targets as :class:`alrp_triton.trainer.data.Batch` has them.
+        found: with targets as :class:`alrp_triton.trainer.Batch` has them.
         categories: names by id, in the order of the labels.
     """
     local: dict[str, Any] = {

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..integrations.head_loss import DetectorLoss
 from ..integrations.torchvision import use_ranking_loss
 from ..metrics import Calibration
-from .data import Batch, CocoDetection, Images, batches_had, seed_of
+from .dataset import Batch, CocoDetection, Images
 from .detectors import make_detector
 from .errors import UserError
 from .evaluation import Evaluation, Found, evaluate
+from .sampling import batches_had, seed_of
 
 LEARNING_RATES = {
     "retinanet": {"alrp": 0.008, "ap": 0.002, "rank_sort": 0.016, "torchvision": 0.02},

@@ -64,7 +64,7 @@ def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Pat
     the 20 best where its truth is not known.
 
     Args:
-        pictures: image (3, H, W) in 0..1, detections, and a target as :class:`alrp_triton.trainer.data.Batch` has it,
+        pictures: image (3, H, W) in 0..1, detections, and a target as :class:`alrp_triton.trainer.Batch` has it,
             or None.
         names: of the categories, by label.
         file: a PNG to write.

@@ -235,7 +235,7 @@ def trainer() -> dict[str, Callable[[], str]]:
     from lightning.pytorch import Trainer
 
     from alrp_triton.trainer import LEARNING_RATES, RankingDetector
-    from alrp_triton.trainer.cli import fit
+    from alrp_triton.trainer.fitting import fit
 
     with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
         fit(["--data.root", "x", "--out", "y", "--print_config"])

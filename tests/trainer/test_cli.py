@@ -15,8 +15,7 @@ pytest.importorskip("tests.support.coco_data")
 
 from PIL import Image
 
-from alrp_triton.trainer import RankingDetector
-from alrp_triton.trainer import cli as command_line
+from alrp_triton.trainer import RankingDetector, cli, detecting, fitting
 from tests.support.coco_data import (
     FAST,
     MARKS,
@@ -50,8 +49,8 @@ def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line, "save_curves", ignore)
-    monkeypatch.setattr(command_line, "save_detections", ignore)
+    monkeypatch.setattr(fitting, "save_curves", ignore)
+    monkeypatch.setattr(fitting, "save_detections", ignore)
 
 
 # jsonargparse looks into all modules of the process: that of an adapter whose test has put a library's twin in its place.
@@ -196,7 +195,7 @@ def test_what_cannot_be_written_is_found_first(finished: Path, scenes: Path, tmp
         assert alrp_train(*words, *common, "--out", tmp_path / words[0] / "deep" / "out.json").status == 0
         assert read(tmp_path / words[0] / "deep" / "out.json")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(command_line, "_trained", None)
+    monkeypatch.setattr(detecting, "read_model", None)
     for words in (["predict", "--images", scenes], ["validate"], ["predict", "--images", scenes, "--pictures", tmp_path / "file"]):  # fmt: skip
         out = tmp_path / ("out.json" if "--pictures" in words else "file/out.json")
         assert "file" in alrp_train(*words, *common, "--out", out).error
@@ -393,9 +392,9 @@ def test_what_is_drawn_does_not_decide(drawing: str, finished: Path, tmp_path: P
     def fail(*_: Any) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(command_line, "save_curves", ignore)
-    monkeypatch.setattr(command_line, "save_detections", ignore)
-    monkeypatch.setattr(command_line, drawing, fail)
+    monkeypatch.setattr(fitting, "save_curves", ignore)
+    monkeypatch.setattr(fitting, "save_detections", ignore)
+    monkeypatch.setattr(fitting, drawing, fail)
     (tmp_path / "run").mkdir()
     for name in ("last.ckpt", "config.yaml"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
@@ -419,7 +418,7 @@ def test_names_in_any_alphabet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr("sys.stdout", terminal)
     words = options(tmp_path / "data", tmp_path / "out")
-    assert command_line.main(["fit", *words]) == 0
+    assert cli.main(["fit", *words]) == 0
     assert read(tmp_path / "out" / "metrics.json")["by_category"].keys() == {"Löwe", "狮子"}
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from alrp_triton.trainer import CocoDataModule, CocoDetection, UserError, find_part
-from alrp_triton.trainer.data import EpochSampler, opened, read_image
+from alrp_triton.trainer.images import opened, read_image
+from alrp_triton.trainer.sampling import EpochSampler
 from examples import digits
 from tests.support.coco_data import MARKS, Content, content, cut_short, data_set, said, two_images
 

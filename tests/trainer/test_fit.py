@@ -24,10 +24,10 @@ from alrp_triton.trainer import (
     as_results,
     evaluate,
     find_part,
+    fitting,
 )
-from alrp_triton.trainer import cli as command_line
-from alrp_triton.trainer.data import batches_had
 from alrp_triton.trainer.evaluation import Found
+from alrp_triton.trainer.sampling import batches_had
 from tests.support.coco_data import FAST, MARKS, Done, Lost, alrp_train, content, cut_short, data_set, fit, ignore, same
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("one_thread")]
@@ -50,8 +50,8 @@ def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than such a run."""
-    monkeypatch.setattr(command_line, "save_curves", ignore)
-    monkeypatch.setattr(command_line, "save_detections", ignore)
+    monkeypatch.setattr(fitting, "save_curves", ignore)
+    monkeypatch.setattr(fitting, "save_detections", ignore)
 
 
 def last(out: Path) -> dict[str, Any]:

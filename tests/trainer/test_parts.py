@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from alrp_triton.trainer import CocoDataModule, RankingDetector, UserError
-from alrp_triton.trainer import cli as command_line
+from alrp_triton.trainer import CocoDataModule, RankingDetector, UserError, fitting
 from alrp_triton.trainer.detectors import load_weights, read_weights
 from alrp_triton.trainer.pictures import save_curves, save_detections
 from tests.support.coco_data import MARKS, Lost, content, data_set, fit, same
@@ -261,7 +260,7 @@ def test_the_deviations_of_boxes_are_those_of_the_weights(scenes: Path, tmp_path
         models.append(model)
         raise Lost
 
-    monkeypatch.setattr(command_line.Trainer, "fit", lose)
+    monkeypatch.setattr(fitting.Trainer, "fit", lose)
 
     def chosen(*words: str, **changes: Any) -> tuple[str, float | str]:
         with pytest.raises(Lost):
