@@ -38,7 +38,7 @@ class Positives(NamedTuple):
     values: Tensor | None
     """``(P,)``, what the loss wants of each, in the order of their flat index: box errors or IoUs."""
     number: int | None
-    source: str
+    count_argument: str
     """The argument that tells their number, for errors."""
     ious: bool = False
     """Whether the values are IoUs, which have a range."""
@@ -88,8 +88,8 @@ class RankingLoss(torch.autograd.Function):
         values: Tensor | None,
         settings: Settings,
         positives: Tensor,
-        own_order: Tensor | None,  # of the positives of this process, among themselves; None: there are no others
-        mine: Tensor | None,  # those of this process among the positives of all
+        local_order: Tensor | None,  # of the positives of this process, among themselves; None: there are no others
+        local_index: Tensor | None,  # those of this process among the positives of all
         false_positives: Tensor,
         num_classes: int | None,
         # Tensors one by one, for Dynamo of torch 2.10 passes them on in no other way.
@@ -99,56 +99,58 @@ class RankingLoss(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         if values is not None:
             dtype = torch.promote_types(dtype, values.dtype)
-        first, second, rank, own, share = operators.terms(
+        ranking, auxiliary, rank, grad_positives, grad_per_fp = operators.terms(
             settings.loss, ranked.rows, ranked.groups, ranked.values, ranked.order, false_positives, settings.delta,
             settings.eps, dtype, settings.backend,
         )  # fmt: skip
-        if mine is not None:
-            rank, own = rank.index_select(0, mine), own.index_select(1, mine)
+        if local_index is not None:
+            rank, grad_positives = rank.index_select(0, local_index), grad_positives.index_select(1, local_index)
         wants_logits, wants_values = ctx.needs_input_grad[:2]
         ctx.settings, ctx.num_classes = settings, num_classes
         ctx.save_for_backward(
-            logits, values if wants_values else None, positives, ranked.rows, ranked.groups, own, share, flat,
-            marks, groups, *tables,
+            logits, values if wants_values else None, positives, ranked.rows, ranked.groups, grad_positives,
+            grad_per_fp, flat, marks, groups, *tables,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         outputs: dict[str, tuple[Tensor, ...]] = {
-            "alrp": (first, second, rank, ranked.order if own_order is None else own_order),
-            "rank_sort": (first, second),
+            "alrp": (ranking, auxiliary, rank, ranked.order if local_order is None else local_order),
+            "rank_sort": (ranking, auxiliary),
         }
         wanted = wants_logits, wants_values if settings.loss == "alrp" else wants_logits, False, False
-        results = outputs.get(settings.loss, (first,))
-        still = [result for result, wants in zip(results, wanted[: len(results)], strict=True) if not wants]
-        ctx.mark_non_differentiable(*still)
+        results = outputs.get(settings.loss, (ranking,))
+        constant = [result for result, wants in zip(results, wanted[: len(results)], strict=True) if not wants]
+        ctx.mark_non_differentiable(*constant)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, values, positives, rows, row_groups, own, share, flat, marks, groups, *tables = ctx.saved_tensors
+        logits, values, positives, rows, row_groups, *saved = ctx.saved_tensors
+        grad_positives, grad_per_fp, flat, marks, groups, *tables = saved
         settings: Settings = ctx.settings
-        of_first, of_second = (*grad_outputs, None)[:2]
+        of_ranking, of_auxiliary = (*grad_outputs, None)[:2]
         of_alrp = settings.loss == "alrp"
         grad_logits = grad_values = None
         with torch.no_grad():
-            first, second = (
+            ranking_scale, auxiliary_scale = (
                 g if g is None or settings.gradient_scale == 1 else g * settings.gradient_scale
-                for g in (of_first, of_second)
+                for g in (of_ranking, of_auxiliary)
             )
-            of_values = second if of_alrp and ctx.needs_input_grad[1] else None
-            second = None if of_alrp else second  # that of the other losses is one of logits
+            values_scale = auxiliary_scale if of_alrp and ctx.needs_input_grad[1] else None
+            auxiliary_scale = None if of_alrp else auxiliary_scale  # that of the other losses is one of logits
             if not ctx.needs_input_grad[0]:
-                first = second = None
-            if first is not None or second is not None or of_values is not None:
+                ranking_scale = auxiliary_scale = None
+            if ranking_scale is not None or auxiliary_scale is not None or values_scale is not None:
                 of_logits, grad = operators.spread(
-                    rows, row_groups, share, own, positives, first, second, of_values,
-                    flat.dtype if of_values is None else values.dtype, flat, marks, ctx.num_classes, groups, tables,
-                    settings.delta, settings.backend,
+                    rows, row_groups, grad_per_fp, grad_positives, positives, ranking_scale, auxiliary_scale,
+                    values_scale, flat.dtype if values_scale is None else values.dtype, flat, marks, ctx.num_classes,
+                    groups, tables, settings.delta, settings.backend,
                 )  # fmt: skip
-                grad_logits = None if first is None and second is None else of_logits.reshape(logits.shape)
-                grad_values = None if of_values is None else grad
+                if ranking_scale is not None or auxiliary_scale is not None:
+                    grad_logits = of_logits.reshape(logits.shape)
+                grad_values = None if values_scale is None else grad
         # create_graph=True; what was compiled refuses it by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            cause = [t for t in (logits, values, of_first, of_second) if t is not None and t.requires_grad]
+            cause = [t for t in (logits, values, of_ranking, of_auxiliary) if t is not None and t.requires_grad]
             grad_logits, grad_values = (
                 None if g is None else _NoSecondDerivative.apply(g, *cause) for g in (grad_logits, grad_values)
             )
@@ -177,15 +179,15 @@ def ranking_loss(
     find = operators.find if known.number is not None else operators.of_unknown_size(operators.find)
     positives, marks, rows, wide, row_groups, order = find(
         flat, targets, None if values is None else values.detach(), groups, *form, known.ious, known.number,
-        known.source, backend,
+        known.count_argument, backend,
     )  # fmt: skip
     if form.num_classes is None and targets.dtype.itemsize == 1:
         marks = targets.reshape(-1).view(torch.uint8)
     row_groups = None if groups is None else row_groups
-    mine = own_order = None
+    local_index = local_order = None
     if name:
-        own_order, gather = order, operators.of_unknown_size(operators.gather_positives)
-        rows, wide, row_groups, order, mine = gather(
+        local_order, gather = order, operators.of_unknown_size(operators.gather_positives)
+        rows, wide, row_groups, order, local_index = gather(
             rows, wide, row_groups, order, COLLECTIVES, settings.call, name, backend
         )
         row_groups = None if groups is None else row_groups
@@ -194,6 +196,6 @@ def ranking_loss(
     if name:
         false_positives = operators.sum_over_processes(false_positives, COLLECTIVES, name)
     return RankingLoss.apply(
-        logits, values, settings, positives, own_order, mine, false_positives, form.num_classes, *ranked, flat, marks,
-        groups, *tables,
+        logits, values, settings, positives, local_order, local_index, false_positives, form.num_classes, *ranked, flat,
+        marks, groups, *tables,
     )  # fmt: skip

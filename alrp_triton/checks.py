@@ -9,7 +9,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .formulas import MOST_GRADE
+from .formulas import MAX_GRADE
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -138,10 +138,10 @@ def check_ious(ious: Tensor, sound: Tensor | bool | None = None) -> None:
     ``sound``: whether they are, if it is known.
     """
     if sound is None:
-        sound = ~((ious < 0) | (ious > MOST_GRADE)).any()
+        sound = ~((ious < 0) | (ious > MAX_GRADE)).any()
 
     def error() -> ValueError:
-        outside = (ious < 0) | (ious > MOST_GRADE)
+        outside = (ious < 0) | (ious > MAX_GRADE)
         return ValueError(
             f"ious must be in [0, 1], got {ious[outside][:5].tolist()} among {int(outside.sum())} values that are not"
         )
@@ -156,7 +156,7 @@ def check_marks(
     ignore_index: int,
     graded: bool,
     count: int,
-    source: str,
+    count_argument: str,
     found: Tensor | int,
     sound: Sequence[Tensor | bool],
 ) -> None:
@@ -169,7 +169,7 @@ def check_marks(
         ignore_index: see there.
         graded: see there.
         count: the number of positives, as the caller knows it.
-        source: the argument from which the caller knows it, for the error.
+        count_argument: the argument from which the caller knows it, for the error.
         found: the number of positives that the targets mark.
         sound: whether all values mean something, and whether that number is right.
     """
@@ -189,7 +189,7 @@ def check_marks(
         seen = [
             (value, n)
             for value, n in zip(values.tolist(), counts.tolist(), strict=True)
-            if value not in known and not (graded and 0 < value <= MOST_GRADE)
+            if value not in known and not (graded and 0 < value <= MAX_GRADE)
         ]
         # The classes of a head count from 0, those of COCO's files, and of some of torchvision's targets, from 1.
         from_one = background == 0 and any(value == num_classes for value, _ in seen)
@@ -199,11 +199,11 @@ def check_marks(
         )
 
     def bad_count() -> ValueError:
-        if source == "num_positives":
+        if count_argument == "num_positives":
             return ValueError(f"num_positives is {count}, but targets mark {int(found)} positives")
         return ValueError(
-            f"{source} must have one value for each positive, in the order of their flat index: "
-            f"got {count} {source}, but targets mark {int(found)} positives"
+            f"{count_argument} must have one value for each positive, in the order of their flat index: "
+            f"got {count} {count_argument}, but targets mark {int(found)} positives"
         )
 
     check_values(sound[0], bad_values, f"alrp_triton: {meaning}")

@@ -152,29 +152,30 @@ def gather(
     most, 24 with groups. The host has to learn how many there are: it waits for the device.
 
     Args:
-        scores: float64 ``(own P,)``.
-        values: float64 ``(own P,)``.
-        groups: int64 ``(own P,)``, or None.
+        scores: float64 ``(local P,)``.
+        values: float64 ``(local P,)``.
+        groups: int64 ``(local P,)``, or None.
         call: what was called, with its settings; has to be the same everywhere.
         process_group: name of the group.
 
     Returns:
-        Scores, values and groups, ``(P,)`` each; and int64 ``(own P,)``, where among them those of this process are.
+        Scores, values and groups, ``(P,)`` each; and int64 ``(local P,)``, where among them those of this process are.
 
     Raises:
         ValueError: the processes did not call the same.
         RuntimeError: a process died or did not call within the timeout of the group; by torch.distributed.
     """
-    group, own = _group(process_group), scores.numel()
-    counts = _counts(own, call, group, scores.device)
+    group, local = _group(process_group), scores.numel()
+    counts = _counts(local, call, group, scores.device)
     parts = [scores.view(torch.int64), values.view(torch.int64), *([] if groups is None else [groups])]
     sent = scores.new_zeros(len(parts), max(counts), dtype=torch.int64)
-    sent[:, :own] = torch.stack(parts)
+    sent[:, :local] = torch.stack(parts)
     received = _all_gather(sent, group) if max(counts) else [sent] * len(counts)
     numbers = torch.cat([part[:, :count] for part, count in zip(received, counts, strict=True)], 1)
     first = sum(counts[: group.rank()])
-    mine = torch.arange(first, first + own, device=scores.device)
-    return numbers[0].view(torch.float64), numbers[1].view(torch.float64), None if groups is None else numbers[2], mine
+    local_index = torch.arange(first, first + local, device=scores.device)
+    scores, values = numbers[:2].view(torch.float64).unbind()
+    return scores, values, None if groups is None else numbers[2], local_index
 
 
 def sum_over_processes(numbers: Tensor, collectives: Tensor, process_group: str) -> Tensor:

@@ -8,7 +8,7 @@ arrays, and numba (:mod:`.backends.numba_positives`) and Triton (:mod:`.backends
 # Triton's compiler reads annotations too, and knows none that NumPy has.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 
-MOST_GRADE = 1 + 2.0**-7
+MAX_GRADE = 1 + 2.0**-7
 """The greatest IoU that is taken for one: rounding may lift 1, by so much in bfloat16, and a class index is no IoU."""
 
 
@@ -37,8 +37,8 @@ def alrp(false_positives, positives_above, box_above, ranked_box, box_error, at_
     rank = positives_above + (1 - at_zero) + false_positives  # all but itself by h, and 1 for itself
     idle = false_positives <= eps  # NaN is not idle
     error = where(idle, 0.0, (false_positives + (box_above - at_zero * box_error)) / rank)
-    share = where(idle, 0.0, error / false_positives)
-    return rank, false_positives / rank, ranked_box / rank, error, share
+    error_per_fp = where(idle, 0.0, error / false_positives)
+    return rank, false_positives / rank, ranked_box / rank, error, error_per_fp
 
 
 def precision_error(false_positives, positives_above, at_zero):

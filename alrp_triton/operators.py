@@ -5,7 +5,7 @@
 
 Each is a custom operator (``torch.ops.alrp_triton.*``) with a kernel, for whatever device, and a fake kernel that tells
 shapes and dtypes: to tracing and compiling it is one opaque node, checks of values and launches of Triton kernels
-included, which so cost no graph break. The kernels are those of :mod:`alrp_triton.dispatch`.
+included, which so cost no graph break. The kernels are those of :mod:`alrp_triton.stages`.
 
 **Rows** are the positives in ascending order of their scores, float64 ``(P,)``, NaN last. P-sized data is float64, for
 false positives near eps, and ranks near N, have to keep their digits. With groups, rows ascend by group, and within one
@@ -14,28 +14,30 @@ runs of the logits. A row and a logit, or two rows, that are not of one group do
 there is one group. **Input order** is that of the flat index of a positive in the logits; ``order``, int64 ``(P,)``,
 tells the place in it that each row has.
 
-* ``find(logits, targets, values, groups, num_classes, background, ignore_index, graded, ious, count, source,
+* ``find(logits, targets, values, groups, num_classes, background, ignore_index, graded, ious, count, count_argument,
   backend)``: reads the targets. ``logits`` are flat ``(N,)``. Returns ``positives``, the flat indices, int64 ``(P,)``
   in input order; ``marks``, which logits are negatives (:class:`alrp_triton.backends.columns.Columns`), empty where the
   targets can stand for themselves, dense and of one byte; then rows, the values of the rows, float64 ``(P,)``, their
   groups (empty without groups), and ``order``. ``values`` are in input order; None: what graded targets hold, or 0.
   Checks that the backend can run, what values the targets have, with ``ious`` that values are in range, and that
-  ``count``, which the argument ``source`` told, is right (:func:`alrp_triton.checks.check_marks`); None: the host waits
-  to learn it. ``graded``: dense targets are positive not only at 1 but from 0 to ``formulas.MOST_GRADE``.
+  ``count``, told by the argument that ``count_argument`` names, is right (:func:`alrp_triton.checks.check_marks`);
+  None: the host waits to learn it. ``graded``: dense targets are positive not only at 1 but from 0 to
+  ``formulas.MAX_GRADE``.
 * ``count(rows, row_groups, logits, marks, num_classes, groups, delta, backend)``: ``false_positives``, FP_i = sum of
   H_ij over the negatives j, float64 ``(P,)``; and ``tables``, what the backend made of the rows and needs again in
   ``spread``.
 * ``terms(loss, rows, row_groups, values, order, false_positives, delta, eps, dtype, backend)``: compares the rows among
-  themselves and makes of all sums what a loss is (:mod:`alrp_triton.formulas`): its two parts, 0-d, and the ranks
-  ``(P,)`` in input order, in ``dtype``; ``own``, float64 ``(3, P)`` in input order: the gradient of either part in the
-  positives' logits, and that of the second part in the values, 0 where there is none; ``share``, float64 ``(P,)``: what
-  each false positive of a row is charged with by the first part. Gradients are for an incoming gradient of 1: backward
-  scales and spreads them. ``loss`` is ``alrp``, ``ap``, ``interpolated_ap`` or ``rank_sort``.
-* ``spread(rows, row_groups, share, own, positives, first, second, of_values, dtype, logits, marks, num_classes, groups,
-  tables, delta, backend)``: the gradient in the logits ``(N,)``: sum of H_ij share_i at a negative j times ``first``,
-  own gradients at the positives, 0 elsewhere; and that in the values ``(P,)``, in ``dtype``. ``first``, ``second`` and
-  ``of_values`` are what is to be scaled with of own gradients, 0-d: incoming gradients, or None for 0. A gradient that
-  only Nones go into is empty.
+  themselves and makes of all sums what a loss is (:mod:`alrp_triton.formulas`): its **ranking loss**, and an
+  **auxiliary loss**, which is the localisation of aLRP, the sorting of Rank & Sort, else 0; 0-d, and the ranks ``(P,)``
+  in input order, in ``dtype``; ``grad_positives``, float64 ``(3, P)`` in input order: the gradient of either loss in
+  the positives' logits, and that of the auxiliary loss in the values, 0 where there is none; ``grad_per_fp``, float64
+  ``(P,)``: what each false positive of a row is charged with by the ranking loss. Gradients are for an incoming
+  gradient of 1: backward scales and spreads them. ``loss`` is ``alrp``, ``ap``, ``interpolated_ap`` or ``rank_sort``.
+* ``spread(rows, row_groups, grad_per_fp, grad_positives, positives, ranking_scale, auxiliary_scale, values_scale,
+  dtype, logits, marks, num_classes, groups, tables, delta, backend)``: the gradient in the logits ``(N,)``: at a
+  negative j ``ranking_scale`` times the sum of H_ij grad_per_fp_i, at a positive its ``grad_positives`` times the
+  scales of both losses, 0 elsewhere; and that in the values ``(P,)``, in ``dtype``. The scales are incoming gradients,
+  0-d, or None for 0. A gradient that only Nones go into is empty.
 * ``gather_positives``, ``sum_over_processes``: see :mod:`alrp_triton.distributed`.
 
 A row that is not finite makes every result of its group NaN that counts; so do a value or weight in what contains it,
@@ -50,12 +52,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, distributed
+from . import dispatch, distributed, stages
 
 
 def _find(
     logits: Tensor, targets: Tensor, values: Tensor | None, groups: Tensor | None, num_classes: int | None,
-    background: int, ignore_index: int, graded: bool, ious: bool, count: int | None, source: str, backend: str,
+    background: int, ignore_index: int, graded: bool, ious: bool, count: int | None, count_argument: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     found = torch.library.get_ctx().new_dynamic_size() if count is None else count
     positives = targets.new_empty(found, dtype=torch.int64)
@@ -81,16 +83,17 @@ def _terms(
     delta: float, eps: float, dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     p = rows.numel()
-    first, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), p))
-    return first, torch.empty_like(first), rank, rows.new_empty(3, p), torch.empty_like(rows)
+    ranking, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), p))
+    return ranking, torch.empty_like(ranking), rank, rows.new_empty(3, p), torch.empty_like(rows)
 
 
 def _spread(
-    rows: Tensor, row_groups: Tensor | None, share: Tensor, own: Tensor, positives: Tensor, first: Tensor | None,
-    second: Tensor | None, of_values: Tensor | None, dtype: torch.dtype, logits: Tensor, *_: Any,
+    rows: Tensor, row_groups: Tensor | None, grad_per_fp: Tensor, grad_positives: Tensor, positives: Tensor,
+    ranking_scale: Tensor | None, auxiliary_scale: Tensor | None, values_scale: Tensor | None, dtype: torch.dtype,
+    logits: Tensor, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad = logits.new_empty(0) if first is None and second is None else torch.empty_like(logits)
-    return grad, logits.new_empty(0 if of_values is None else own.shape[1], dtype=dtype)
+    grad = logits.new_empty(0) if ranking_scale is None and auxiliary_scale is None else torch.empty_like(logits)
+    return grad, logits.new_empty(0 if values_scale is None else grad_positives.shape[1], dtype=dtype)
 
 
 def _gather_positives(
@@ -98,9 +101,9 @@ def _gather_positives(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size()
     order = rows.new_empty(total, dtype=torch.int64)
-    mine = rows.new_empty(rows.numel(), dtype=torch.int64)
+    local_index = rows.new_empty(rows.numel(), dtype=torch.int64)
     groups = order.new_empty(0 if row_groups is None else total)
-    return rows.new_empty(total), values.new_empty(total), groups, order, mine
+    return rows.new_empty(total), values.new_empty(total), groups, order, local_index
 
 
 def _sum_over_processes(numbers: Tensor, *_: Any) -> Tensor:
@@ -122,33 +125,34 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 _OF_LOGITS = "Tensor logits, Tensor? marks, SymInt? num_classes, Tensor? groups"
 find = _define(
     "find(Tensor logits, Tensor targets, Tensor? values, Tensor? groups, SymInt? num_classes, SymInt background, "
-    "SymInt ignore_index, bool graded, bool ious, SymInt? count, str source, str backend) "
+    "SymInt ignore_index, bool graded, bool ious, SymInt? count, str count_argument, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dispatch.find,
+    stages.find,
     _find,
 )
 count = _define(
     f"count(Tensor rows, Tensor? row_groups, {_OF_LOGITS}, float delta, str backend) -> (Tensor, Tensor[])",
-    dispatch.count,
+    stages.count,
     _count,
 )
 terms = _define(
     "terms(str loss, Tensor rows, Tensor? row_groups, Tensor values, Tensor order, Tensor false_positives, "
     "float delta, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dispatch.terms,
+    stages.terms,
     _terms,
 )
 spread = _define(
-    "spread(Tensor rows, Tensor? row_groups, Tensor share, Tensor own, Tensor positives, Tensor? first, "
-    f"Tensor? second, Tensor? of_values, ScalarType dtype, {_OF_LOGITS}, Tensor[] tables, float delta, str backend) "
+    "spread(Tensor rows, Tensor? row_groups, Tensor grad_per_fp, Tensor grad_positives, Tensor positives, "
+    "Tensor? ranking_scale, Tensor? auxiliary_scale, Tensor? values_scale, ScalarType dtype, "
+    f"{_OF_LOGITS}, Tensor[] tables, float delta, str backend) "
     "-> (Tensor, Tensor)",
-    dispatch.spread,
+    stages.spread,
     _spread,
 )
 gather_positives = _define(
     "gather_positives(Tensor rows, Tensor values, Tensor? row_groups, Tensor order, Tensor collectives, str call, "
     "str process_group, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dispatch.gather_positives,
+    stages.gather_positives,
     _gather_positives,
 )
 sum_over_processes = _define(

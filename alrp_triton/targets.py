@@ -74,7 +74,7 @@ def check_form(
 
 
 def positives_of(
-    logits: Tensor, targets: Tensor, form: TargetForm, count: int, source: str, backend: Backend
+    logits: Tensor, targets: Tensor, form: TargetForm, count: int, count_argument: str, backend: Backend
 ) -> Tensor:
     """Flat indices of the positives in the logits, int64 ``(P,)``, ascending.
 
@@ -83,7 +83,7 @@ def positives_of(
         targets: as :func:`check_form` found them.
         form: what it told.
         count: P, as the caller knows it.
-        source: the argument from which the caller knows it, for the error.
+        count_argument: the argument from which the caller knows it, for the error.
         backend: which one reads the targets.
 
     Raises:
@@ -91,7 +91,7 @@ def positives_of(
             asynchronous device assertion, for the host does not wait for the device.
     """
     flat = logits.detach().reshape(-1)
-    return operators.find(flat, targets.detach(), None, None, *form, False, count, source, backend)[0]
+    return operators.find(flat, targets.detach(), None, None, *form, False, count, count_argument, backend)[0]
 
 
 def check_groups(logits: Tensor, groups: Tensor | None) -> None:

@@ -11,7 +11,7 @@ operators that they serve (:mod:`alrp_triton.operators`), where NaN, groups and 
 * ``*_binned``, ``*_tiled``: ``empty_tables(rows, grouped, columns)``, ``fill_tables(tables, rows, row_groups, columns,
   delta)``, ``matvec(rows, row_groups, columns, delta, tables)`` and ``rmatvec(rows, row_groups, weights, columns,
   delta, tables)``, the products with the comparison matrix and its transpose; in Triton the latter takes, and
-  scales, the positives' own gradients, too
+  scales, the gradients of the positives, too (``triton_gradients``)
 * ``*positives``: ``among_rows``, ``below_rows``, ``among_grades``, ``below_grades``, the positives among themselves;
   and ``terms``, what a loss makes of all sums
 """

@@ -142,33 +142,35 @@ def below_rows(rows: Floats, weights: Floats, bounds: Indices, delta: float) -> 
 
 
 @jit
-def _alrp_terms(rows, values, order, false_positives, bounds, delta, at_zero, eps, losses, rank, own, share):
+def _alrp_terms(
+    rows, values, order, false_positives, bounds, delta, at_zero, eps, losses, rank, grad_positives, grad_per_fp
+):
     n = len(rows)
     among, inverse, below = np.empty((3, n)), np.empty(n), np.empty(n)
     _by_segment(rows, values, bounds, delta, among)
     losses[:] = 0
     for i in range(n):
-        place, precision_error, box, error, of_one = _alrp(
+        rank_i, precision_error, box, error, per_fp = _alrp(
             false_positives[i], among[0, i], among[1, i], among[2, i], values[i], at_zero, eps, _where
         )
         losses[0] += precision_error / n
         losses[1] += box / n
-        rank[order[i]], own[0, order[i]], own[1, order[i]] = place, -error / n, 0.0
-        share[i], inverse[i] = of_one / n, 1 / place / n
+        rank[order[i]], grad_positives[0, order[i]], grad_positives[1, order[i]] = rank_i, -error / n, 0.0
+        grad_per_fp[i], inverse[i] = per_fp / n, 1 / rank_i / n
     _below_by_segment(rows, inverse, bounds, delta, below)
     for i in range(n):
-        own[2, order[i]] = below[i]
+        grad_positives[2, order[i]] = below[i]
 
 
 @jit
 def _ap_terms(
-    rows, values, order, false_positives, bounds, delta, at_zero, interpolate, losses, rank, own, share
+    rows, values, order, false_positives, bounds, delta, at_zero, interpolate, losses, rank, grad_positives, grad_per_fp
 ):  # fmt: skip
     n = len(rows)
     among = np.empty((3, n))
     _by_segment(rows, values, bounds, delta, among)
     losses[:] = 0
-    own[1:] = 0
+    grad_positives[1:] = 0
     for s in range(len(bounds) - 1):
         least = np.inf
         for i in range(bounds[s], bounds[s + 1]):
@@ -179,11 +181,13 @@ def _ap_terms(
                 error = least
             losses[0] += error / n
             rank[order[i]] = among[0, i] + (1 - at_zero) + negatives
-            own[0, order[i]] = -error / n
-            share[i] = 0.0 if negatives == 0 else error / negatives / n
+            grad_positives[0, order[i]] = -error / n
+            grad_per_fp[i] = 0.0 if negatives == 0 else error / negatives / n
 
 
-_FEW = 2048  # rows of the largest segment that is compared pair by pair by grade; beyond, :mod:`.graded` is faster
+_MAX_PAIRWISE = (
+    2048  # rows of the largest segment that is compared pair by pair by grade; beyond, :mod:`.graded` is faster
+)
 
 
 @jit
@@ -239,7 +243,7 @@ def _pairs_below(rows, grades, weights, bounds, scale, out):
 
 def among_grades(rows: Floats, grades: Floats, bounds: Indices, delta: float) -> Floats:
     """Sums ``(4, P)`` of H and of H (1 - t) over the rows of no lower, and of lower grade."""
-    if np.diff(bounds).max() > _FEW:
+    if np.diff(bounds).max() > _MAX_PAIRWISE:
         return graded.among_grades(rows, grades, bounds, delta)
     out = np.empty((4, len(rows)))
     _pairs(rows, grades, bounds, _scale(delta), out)
@@ -248,7 +252,7 @@ def among_grades(rows: Floats, grades: Floats, bounds: Indices, delta: float) ->
 
 def below_grades(rows: Floats, grades: Floats, weights: Floats, bounds: Indices, delta: float) -> Floats:
     """The transpose of the third of :func:`among_grades`."""
-    if np.diff(bounds).max() > _FEW:
+    if np.diff(bounds).max() > _MAX_PAIRWISE:
         return graded.below_grades(rows, grades, weights, bounds, delta)
     out = np.empty(len(rows))
     _pairs_below(rows, grades, weights, bounds, _scale(delta), out)
@@ -260,18 +264,20 @@ def _scale(delta: float) -> float:
 
 
 @jit
-def _rank_sort_terms(order, false_positives, among, at_zero, eps, losses, rank, own, share, weights, pulls):
+def _rank_sort_terms(
+    order, false_positives, among, at_zero, eps, losses, rank, grad_positives, grad_per_fp, weights, auxiliary_errors
+):
     n = len(order)
     losses[:] = 0
     for i in range(n):
-        first, second, pull, of_one, pulls[i], weights[i] = _rank_sort(
+        ranking, auxiliary, error, per_fp, auxiliary_errors[i], weights[i] = _rank_sort(
             false_positives[i], among[0, i], among[1, i], among[2, i], among[3, i], eps, _where
         )
-        losses[0] += first / n
-        losses[1] += second / n
+        losses[0] += ranking / n
+        losses[1] += auxiliary / n
         rank[order[i]] = among[0, i] + among[2, i] + (1 - at_zero) + false_positives[i]
-        own[0, order[i]] = -pull / n
-        share[i] = of_one / n
+        grad_positives[0, order[i]] = -error / n
+        grad_per_fp[i] = per_fp / n
 
 
 def terms(
@@ -284,16 +290,16 @@ def terms(
     delta: float,
     eps: float,
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Losses, ranks, own gradients, shares; as :func:`.positives.terms`."""
+    """Losses, ranks, gradients of the positives, and per false positive; as :func:`.positives.terms`."""
     n, at_zero = len(rows), formulas.at_zero(delta)
     results = np.empty(2), np.empty(n), np.empty((3, n)), np.empty(n)
     given = rows, values, order, false_positives, bounds, delta, at_zero
     if loss == "alrp":
         _alrp_terms(*given, eps, *results)
     elif loss == "rank_sort":
-        among, weights, pulls = among_grades(rows, values, bounds, delta), np.empty(n), np.empty(n)
-        _rank_sort_terms(order, false_positives, among, at_zero, eps, *results, weights, pulls)
-        results[2][1, order] = (below_grades(rows, values, weights, bounds, delta) - pulls) / n
+        among, weights, auxiliary_errors = among_grades(rows, values, bounds, delta), np.empty(n), np.empty(n)
+        _rank_sort_terms(order, false_positives, among, at_zero, eps, *results, weights, auxiliary_errors)
+        results[2][1, order] = (below_grades(rows, values, weights, bounds, delta) - auxiliary_errors) / n
         results[2][2] = 0
     else:
         _ap_terms(*given, loss == "interpolated_ap", *results)

@@ -17,7 +17,7 @@ from .numba_jit import jit
 
 # A block is long against the start of a thread and against its table, and where there are some, longer.
 _SHORT, _SOME_BLOCKS = 1 << 16, 8
-_LONG, _MOST_BLOCKS = 1 << 18, 32
+_LONG, _MAX_BLOCKS = 1 << 18, 32
 STRIP = 1024  # columns that take a step together: their numbers fit the first-level cache
 
 
@@ -57,7 +57,7 @@ def make_streams(groups, row_groups, bounds, columns, size):
 def block_size(columns: int, rows: int) -> int:
     """How long a block is, but for the last of a stream."""
     short, long = (math.ceil(columns / size) for size in (_SHORT, _LONG))
-    return max(math.ceil(columns / min(max(min(short, _SOME_BLOCKS), long), _MOST_BLOCKS)), rows, 1)
+    return max(math.ceil(columns / min(max(min(short, _SOME_BLOCKS), long), _MAX_BLOCKS)), rows, 1)
 
 
 @jit

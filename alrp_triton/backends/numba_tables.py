@@ -22,7 +22,7 @@ from .numba_jit import jit
 from .segments import bounds_of
 
 # Cells a knot, so that few columns share a cell with two knots; and at most so many, for the tables' sake.
-_CELLS_A_KNOT, _MOST_CELLS = 32, 1 << 16
+_CELLS_A_KNOT, _MAX_CELLS = 32, 1 << 16
 _MORE_CELLS = 16  # than wanted: below and above all knots, and for rounding
 
 
@@ -35,7 +35,7 @@ _LIMITS = {
 
 def most_cells(rows: Any, grouped: bool) -> Any:
     """Of all segments together; an expression that a compiler can trace."""
-    most = torch.sym_min(2 * _CELLS_A_KNOT * rows, _MOST_CELLS * (4 if grouped else 1))
+    most = torch.sym_min(2 * _CELLS_A_KNOT * rows, _MAX_CELLS * (4 if grouped else 1))
     return most + _MORE_CELLS * (rows if grouped else 1)
 
 
@@ -192,5 +192,5 @@ def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, c
     p, working = rows.numel(), working_dtype(columns.values)
     _fill_tables(
         tables[0].numpy(), int(most_cells(p, row_groups is not None)), ZERO[working], rows.numpy(),
-        bounds_of(row_groups, p), delta, columns.values.numel(), _MOST_CELLS, _LIMITS[working],
+        bounds_of(row_groups, p), delta, columns.values.numel(), _MAX_CELLS, _LIMITS[working],
     )  # fmt: skip

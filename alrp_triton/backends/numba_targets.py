@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..formulas import MOST_GRADE
+from ..formulas import MAX_GRADE
 from . import threads
 from .columns import ALL, NONE
 from .numba_jit import jit
 
 _STRIP = 1024
-_LEAST = 1 << 16  # targets a thread
+_MIN_OF_THREAD = 1 << 16  # targets a thread
 
 
 @jit
@@ -80,13 +80,13 @@ def read(
     marks = None
     if num_classes is not None or not narrow:
         marks = torch.empty(len(t), dtype=torch.uint8 if num_classes is None else torch.int32)
-    parts = threads.cut(len(t), len(t) // _LEAST)
+    parts = threads.cut(len(t), len(t) // _MIN_OF_THREAD)
     places, status = np.empty((len(parts), count), np.int64), np.empty((len(parts), 2), np.int64)
 
     def task(part: int, here: slice) -> None:
         results = None if marks is None else marks.numpy()[here], places[part], status[part], here.start
         if num_classes is None:
-            _dense(t[here], signed, MOST_GRADE if graded else None, *results)
+            _dense(t[here], signed, MAX_GRADE if graded else None, *results)
         else:
             _indices(t[here], signed, num_classes, background, ignore_index, *results)
 

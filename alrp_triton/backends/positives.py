@@ -68,33 +68,33 @@ def terms(
     delta: float,
     eps: float,
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Losses, ranks, own gradients, shares; contract in :mod:`alrp_triton.operators`."""
+    """Losses, ranks, gradients of the positives, and per false positive; contract in :mod:`alrp_triton.operators`."""
     fp, p, at_zero = false_positives, len(rows), formulas.at_zero(delta)
-    own_second = of_values = second = np.zeros(p)
+    grad_auxiliary = grad_values = auxiliary = np.zeros(p)
     if loss == "rank_sort":
         among = among_grades(rows, values, bounds, delta)
-        first, second, pull, share, sort_pull, sort_share = formulas.rank_sort(
+        ranking, auxiliary, error, per_fp, auxiliary_error, per_missorted = formulas.rank_sort(
             fp, among[0], among[1], among[2], among[3], eps, np.where
         )
         rank = among[0] + among[2] + (1 - at_zero) + fp
-        own_second = below_grades(rows, values, sort_share, bounds, delta) - sort_pull
+        grad_auxiliary = below_grades(rows, values, per_missorted, bounds, delta) - auxiliary_error
     else:
         above, box_above, ranked = among_rows(rows, values, bounds, delta)
         if loss == "alrp":
-            rank, first, second, pull, share = formulas.alrp(
+            rank, ranking, auxiliary, error, per_fp = formulas.alrp(
                 fp, above, box_above, ranked, values, at_zero, eps, np.where
             )
-            of_values = below_rows(rows, 1 / rank, bounds, delta)
+            grad_values = below_rows(rows, 1 / rank, bounds, delta)
         else:
-            first = formulas.precision_error(fp, above, at_zero)
+            ranking = formulas.precision_error(fp, above, at_zero)
             if loss == "interpolated_ap":  # 1 - the greatest precision so far is the least 1 - precision so far
-                first = _by_segment(np.minimum.accumulate, bounds, first)
-            rank, pull, share = above + (1 - at_zero) + fp, first, np.where(fp == 0, 0.0, first / fp)
+                ranking = _by_segment(np.minimum.accumulate, bounds, ranking)
+            rank, error, per_fp = above + (1 - at_zero) + fp, ranking, np.where(fp == 0, 0.0, ranking / fp)
 
     def as_given(*vectors: Floats) -> Floats:
         out = np.empty((len(vectors), p))
         out[:, order] = vectors
         return out
 
-    losses = np.array([first.sum(), second.sum()]) / p
-    return losses, as_given(rank)[0], as_given(-pull / p, own_second / p, of_values / p), share / p
+    losses = np.array([ranking.sum(), auxiliary.sum()]) / p
+    return losses, as_given(rank)[0], as_given(-error / p, grad_auxiliary / p, grad_values / p), per_fp / p

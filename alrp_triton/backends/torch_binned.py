@@ -28,11 +28,11 @@ from .segments import spread_by_segment, sum_by_segment, widened
 # Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.
 _CHUNK = 1 << 17
 # Cells a knot, so that few columns share a cell with two knots; and at most so many cells, for the tables' sake.
-_CELLS_A_KNOT, _MOST_CELLS = 32, 1 << 16
+_CELLS_A_KNOT, _MAX_CELLS = 32, 1 << 16
 # In a cell with more knots than this, a binary search is faster than a step from knot to knot.
-_MOST_STEPS = 6
+_MAX_STEPS = 6
 # For fewer columns than this a grid is not worth its making.
-_FEW = 1 << 12
+_MIN_COLUMNS = 1 << 12
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,7 @@ class Grid(NamedTuple):
 
     def _search(self, x: Tensor, cell: Tensor) -> Tensor:
         """Bins of columns, int64."""
-        if self.steps > _MOST_STEPS:
+        if self.steps > _MAX_STEPS:
             return torch.bucketize(x, self.ladder[:-1], right=True)
         bins = self.base.index_select(0, cell)
         for _ in range(self.steps):
@@ -108,11 +108,11 @@ class Grid(NamedTuple):
 
 def make_grid(knots: Knots, columns: int, device: torch.device) -> Grid | None:
     """A grid for so many columns on a device; None where they are too few, or if a row is not finite."""
-    if columns < _FEW or math.isnan(knots.poison):
+    if columns < _MIN_COLUMNS or math.isnan(knots.poison):
         return None
     info = np.finfo(knots.values.dtype)
     low, high = float(knots.low[0]), float(knots.low[-1])
-    wanted = min(_CELLS_A_KNOT * len(knots.values), _MOST_CELLS, columns // 4)
+    wanted = min(_CELLS_A_KNOT * len(knots.values), _MAX_CELLS, columns // 4)
     # As fine as wanted; but x * scale must not overflow, and whole numbers of that size must be exact.
     exponent = min(
         math.frexp(wanted)[1] - 2 - math.frexp(high / 2 - low / 2)[1],

@@ -6,7 +6,7 @@ On a GPU the host waits for the answer; there this is the way only where triton 
 import torch
 from torch import Tensor
 
-from ..formulas import MOST_GRADE
+from ..formulas import MAX_GRADE
 from .columns import ALL, NONE
 
 # Few enough values that a part is still in the cache for the next operation; on a GPU all at once.
@@ -25,7 +25,7 @@ def _is_bad(targets: Tensor, codes: Tensor) -> bool:
 
 def _grades_as_codes(targets: Tensor) -> Tensor:
     """Grades, floating, as int8: 1 positive, 0 negative, -1 ignored, 2 what means nothing."""
-    positive = (targets > 0) & (targets <= MOST_GRADE)
+    positive = (targets > 0) & (targets <= MAX_GRADE)
     codes = torch.where(positive, 1, torch.where(targets == -1, -1, 2)).to(torch.int8)
     return codes.masked_fill_(targets == 0, 0)
 

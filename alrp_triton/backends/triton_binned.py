@@ -28,10 +28,12 @@ from torch import Tensor
 from . import triton_shared
 from .columns import Columns
 from .knots import working_dtype
+from .triton_gradients import PositiveGradients
+from .triton_layout import blocks
+from .triton_marks import FEW_CLASSES, LANES, clear, counted
 from .triton_shared import UNIT_BITS, add_block, add_each, clear_sums, declare, read_sums
 from .triton_sums import lines_of, sum_bins
 from .triton_tables import CELLS, empty_tables, fill_tables, find, group_cells
-from .triton_tiled import FEW, LANES, Own, blocks, clear, counted
 
 __all__ = ["empty_tables", "fill_tables", "matvec", "rmatvec"]
 
@@ -39,7 +41,7 @@ __all__ = ["empty_tables", "fill_tables", "matvec", "rmatvec"]
 BLOCK = {torch.float32: 1024, torch.float64: 256}
 WARPS = 4
 # Copies of the table of sums, so that programs rarely meet at an address: one for so many columns, within bounds.
-_COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS = 1 << 15, 64, 1 << 18
+_COLUMNS_A_COPY, _MAX_COPIES, _MAX_BINS = 1 << 15, 64, 1 << 18
 
 
 @triton.jit
@@ -221,7 +223,7 @@ def evaluate_kernel(
     start, end, begin, stop = _span(bounds_ptr, P, N, run, 1, BLOCK)
     g = tl.zeros([BLOCK], dtype)
     if begin < stop:
-        if CLASSES < FEW:
+        if CLASSES < FEW_CLASSES:
             x, weight = _read(columns_ptr, marks_ptr, start, end, CLASSES, BLOCK, dtype)
         else:  # what does not count is cleared afterwards
             x, weight = _read(columns_ptr, None, start, end, 0, BLOCK, dtype)
@@ -230,7 +232,7 @@ def evaluate_kernel(
         below = tl.load(below_ptr + begin)  # 0, or NaN if a weight is
         g += _on_line(x, knots, knots_ptr, lines_ptr, below, begin, rate, HARD)
         g = tl.where(x == x, g, float("nan"))
-        if CLASSES < FEW:
+        if CLASSES < FEW_CLASSES:
             g = tl.where(weight != 0, g, 0.0)
     g = g.to(out_ptr.dtype.element_ty)
     column = tl.arange(0, BLOCK)
@@ -238,7 +240,7 @@ def evaluate_kernel(
         tl.store(out_ptr + start + column, g)
     else:
         tl.store(out_ptr + start + column, g, mask=column < end - start)
-    if CLASSES >= FEW:
+    if CLASSES >= FEW_CLASSES:
         clear(out_ptr, marks_ptr, start, end, CLASSES, BLOCK, LANES)
 
 
@@ -280,15 +282,15 @@ def _multiprocessors(device: torch.device) -> int:
 def _launch(columns: Columns, p: int, runs: int) -> _Launch:
     """For columns of so many runs; in shared memory where that can be."""
     n, dtype = columns.values.numel(), working_dtype(columns.values)
-    fits = 2 * p < triton_shared.BINS and n <= triton_shared.MOST_OF_ALL
+    fits = 2 * p < triton_shared.BINS and n <= triton_shared.MAX_OF_ALL
     programs = triton_shared.PROGRAMS * _multiprocessors(columns.values.device)
     if programs and fits and dtype == torch.float32 and columns.weights is None:
         block, of_run = triton_shared.BLOCK, max(programs // runs, 1)
-        waves = blocks(n // runs, of_run * triton_shared.MOST_COLUMNS)  # lest a program have more than it can add up
+        waves = blocks(n // runs, of_run * triton_shared.MAX_COLUMNS)  # lest a program have more than it can add up
         each = blocks(n // runs, of_run * waves * block)
         return _Launch(block, each, 1, 2.0**UNIT_BITS.value, triton_shared.SETTINGS)
     block = BLOCK[dtype]
-    copies = max(1, min(n // _COLUMNS_A_COPY, _MOST_COPIES, _MOST_BINS // (2 * p)))
+    copies = max(1, min(n // _COLUMNS_A_COPY, _MAX_COPIES, _MAX_BINS // (2 * p)))
     # With this unit, n columns at positions of at most 2 add up to less than 2**62.
     scale = 2.0 ** (60 - max(n - 1, 1).bit_length())
     return _Launch(block, 1, copies, scale, {"SHARED": False, "THREADS": 0, "num_warps": WARPS})
@@ -323,17 +325,17 @@ def rmatvec(
     columns: Columns,
     delta: float,
     tables: list[Tensor],
-    own: Own | None = None,
+    gradients: PositiveGradients | None = None,
 ) -> Tensor:
     """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count.
 
-    With ``own`` weights are times its ``first``, and :func:`.scale_own` is done beside.
+    With ``gradients`` weights are times their ``ranking_scale``, and :func:`.scale_positives` is done beside.
     """
     p, n = rows.numel(), columns.values.numel()
     knots, rise, done, lut, bounds = tables
     out, block = torch.empty_like(columns.values), BLOCK[working_dtype(columns.values)]
     run, bounds, programs = _runs(columns, bounds, block)
-    lines, below = lines_of(rows, row_groups, knots, rise, done, weights, own or Own(), delta)
+    lines, below = lines_of(rows, row_groups, knots, rise, done, weights, gradients or PositiveGradients(), delta)
     with torch.cuda.device_of(rows):
         evaluate_kernel[(programs,)](
             columns.values, columns.marks, knots, lut, bounds, lines, below, out, p, n, run, _rate(delta),

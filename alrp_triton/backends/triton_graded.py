@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiled import blocks
+from .triton_layout import blocks
 
 TILE = {"ROWS": 8, "COLUMNS": 64}  # 16 rows spill, by Triton 3.6
 WARPS = 4
@@ -72,10 +72,10 @@ def among_grades_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def below_grades_kernel(
-    rows_ptr, groups_ptr, grades_ptr, weights_ptr, pulls_ptr, order_ptr, own_ptr, P, delta: tl.float64,
+    rows_ptr, groups_ptr, grades_ptr, weights_ptr, errors_ptr, order_ptr, out_ptr, P, delta: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Program b: block b of the rows as columns, summed over all rows of higher grade, less pulls -> own[1, order]."""
+    """Program b: block b of the rows as columns, summed over all rows of higher grade, less errors -> out[1, order]."""
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = tl.load(rows_ptr + tl.minimum(index, P - 1))
     grade = tl.load(grades_ptr + tl.minimum(index, P - 1))
@@ -91,10 +91,10 @@ def below_grades_kernel(
         received = h * tl.where(t[None, :] > grade[:, None], weight[None, :], 0.0) + bad
         acc += tl.where(_same(groups_ptr, index, other, P), received, 0.0)
     total = tl.sum(acc, axis=1)
-    if pulls_ptr is not None:
-        total -= tl.load(pulls_ptr + index, mask=index < P, other=0.0)
+    if errors_ptr is not None:
+        total -= tl.load(errors_ptr + index, mask=index < P, other=0.0)
     where = tl.load(order_ptr + index, mask=index < P, other=0)
-    tl.store(own_ptr + P + where, total, mask=index < P)
+    tl.store(out_ptr + P + where, total, mask=index < P)
 
 
 def _grid(rows: Tensor, tile: dict[str, int]) -> tuple[int]:
@@ -122,14 +122,14 @@ def below_grades(
     weights: Tensor,
     delta: float,
     order: Tensor | None = None,
-    pulls: Tensor | None = None,
-    own: Tensor | None = None,
+    errors: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The transpose of the third of :func:`among_grades`, less pulls; to the places that ``order`` tells, of own[1]."""
-    own, order = rows.new_empty(2, rows.numel()) if own is None else own, _in_order(rows) if order is None else order
+    """Transpose of the third of :func:`among_grades`, less errors; to the places that ``order`` tells, in out[1]."""
+    out, order = rows.new_empty(2, rows.numel()) if out is None else out, _in_order(rows) if order is None else order
     with torch.cuda.device_of(rows):
         below_grades_kernel[_grid(rows, TILE)](
-            rows, row_groups, grades, weights, pulls, order, own, rows.numel(), delta, HARD=delta == 0,
+            rows, row_groups, grades, weights, errors, order, out, rows.numel(), delta, HARD=delta == 0,
             num_warps=WARPS, **TILE,
         )  # fmt: skip
-    return own[1]
+    return out[1]

@@ -18,8 +18,8 @@ from torch import Tensor
 from .. import formulas
 from .triton_among import BAD_WEIGHTS, WEIGHTS, among_rows, below_rows, compare, sum_rows, work_of, write_below
 from .triton_graded import among_grades, below_grades
+from .triton_layout import parts
 from .triton_prefix import add_up, begins_group, fixed, is_finite, launch, scale_for
-from .triton_tiled import parts
 
 __all__ = ["among_grades", "among_rows", "below_grades", "below_rows", "terms"]
 
@@ -55,18 +55,18 @@ LOSSES = {"alrp": 0, "ap": 1, "interpolated_ap": 2}
 
 @triton.jit(do_not_specialize=["P"])
 def terms_kernel(
-    rows_ptr, groups_ptr, values_ptr, order_ptr, false_positives_ptr, first_ptr, second_ptr, rank_ptr, own_ptr,
-    share_ptr, work_ptr, P, delta: tl.float64, at_zero: tl.float64, eps: tl.float64,
+    rows_ptr, groups_ptr, values_ptr, order_ptr, false_positives_ptr, ranking_loss_ptr, auxiliary_loss_ptr, rank_ptr,
+    grad_positives_ptr, grad_per_fp_ptr, work_ptr, P, delta: tl.float64, at_zero: tl.float64, eps: tl.float64,
     LOSS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """One program: rows among themselves, the formulas, and for aLRP the gradient of the values."""
     delta = tl.full([], delta, tl.float64)
-    dtype = first_ptr.dtype.element_ty
+    dtype = ranking_loss_ptr.dtype.element_ty
     VALUES: tl.constexpr = LOSS == _ALRP
-    first_sum = tl.zeros([BLOCK], tl.float64)
-    second_sum = tl.zeros([BLOCK], tl.float64)
+    ranking_sum = tl.zeros([BLOCK], tl.float64)
+    auxiliary_sum = tl.zeros([BLOCK], tl.float64)
     stride = P + 2
-    share_of_each = 1 / P.to(tl.float64)
+    each = 1 / P.to(tl.float64)
     least = tl.full([], float("inf"), tl.float64)
     unit = sum_rows(rows_ptr, groups_ptr, values_ptr, work_ptr, P, delta, VALUES, BLOCK, HARD)
     tl.debug_barrier()
@@ -77,10 +77,10 @@ def terms_kernel(
         above, box_above, ranked = compare(
             rows_ptr, groups_ptr, values_ptr, work_ptr, tl.minimum(index, P - 1), P, delta, unit, VALUES, HARD
         )
-        second = tl.zeros([BLOCK], tl.float64)
+        auxiliary = tl.zeros([BLOCK], tl.float64)
         if VALUES:
             box_error = tl.load(values_ptr + index, mask=inside, other=0.0)
-            rank, first, second, pull, share = _alrp(
+            rank, ranking, auxiliary, error, per_fp = _alrp(
                 negatives, above, box_above, ranked, box_error, at_zero, eps, _where
             )
             weight = 1 / rank
@@ -89,49 +89,50 @@ def terms_kernel(
             weight = fixed(weight, scale_for(tl.full([], 1.0, tl.float64), P, 61)[0])  # 1 / rank is at most 1
             add_up(weight, work_ptr, WEIGHTS * stride, begin, index, inside)
         else:
-            first = _precision_error(negatives, above, at_zero)
+            ranking = _precision_error(negatives, above, at_zero)
             rank = above + (1 - at_zero) + negatives
             if LOSS == _INTERPOLATED_AP:  # 1 - the greatest precision so far is the least 1 - precision so far
-                poison = first * 0.0  # a minimum may leave NaN out
-                first = tl.where(inside, first, float("inf"))
+                poison = ranking * 0.0  # a minimum may leave NaN out
+                ranking = tl.where(inside, ranking, float("inf"))
                 begins = (begins_group(groups_ptr, index, inside) & (index > 0)).to(tl.int32)
-                first, begins = tl.associative_scan((first, begins), 0, _least)
-                first = tl.where(begins != 0, first, tl.minimum(first, least))
-                least = tl.sum(tl.where(index == begin + BLOCK - 1, first, 0.0), axis=0)
-                first = first + poison
-            pull = first
-            share = tl.where(negatives == 0, 0.0, first / negatives)
-        first_sum += tl.where(inside, first, 0.0)
-        second_sum += tl.where(inside, second, 0.0)
+                ranking, begins = tl.associative_scan((ranking, begins), 0, _least)
+                ranking = tl.where(begins != 0, ranking, tl.minimum(ranking, least))
+                least = tl.sum(tl.where(index == begin + BLOCK - 1, ranking, 0.0), axis=0)
+                ranking = ranking + poison
+            error = ranking
+            per_fp = tl.where(negatives == 0, 0.0, ranking / negatives)
+        ranking_sum += tl.where(inside, ranking, 0.0)
+        auxiliary_sum += tl.where(inside, auxiliary, 0.0)
         where = tl.load(order_ptr + index, mask=inside, other=0)
         tl.store(rank_ptr + where, rank.to(dtype), mask=inside)
-        tl.store(own_ptr + where, -pull * share_of_each, mask=inside)
-        tl.store(own_ptr + (P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
+        tl.store(grad_positives_ptr + where, -error * each, mask=inside)
+        tl.store(grad_positives_ptr + (P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
         if not VALUES:
-            tl.store(own_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
-        tl.store(share_ptr + index, share * share_of_each, mask=inside)
-    tl.store(first_ptr, (tl.sum(first_sum, axis=0) * share_of_each).to(dtype))
-    tl.store(second_ptr, (tl.sum(second_sum, axis=0) * share_of_each).to(dtype))
+            tl.store(grad_positives_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
+        tl.store(grad_per_fp_ptr + index, per_fp * each, mask=inside)
+    tl.store(ranking_loss_ptr, (tl.sum(ranking_sum, axis=0) * each).to(dtype))
+    tl.store(auxiliary_loss_ptr, (tl.sum(auxiliary_sum, axis=0) * each).to(dtype))
     if VALUES:
         tl.debug_barrier()
-        unit = scale_for(tl.full([], 1.0, tl.float64), P, 61)[1] * share_of_each
+        unit = scale_for(tl.full([], 1.0, tl.float64), P, 61)[1] * each
         write_below(
-            rows_ptr, groups_ptr, order_ptr, own_ptr + 2 * P, work_ptr, P, unit, WEIGHTS, BAD_WEIGHTS, 0, BLOCK, HARD
-        )
+            rows_ptr, groups_ptr, order_ptr, grad_positives_ptr + 2 * P, work_ptr, P, unit, WEIGHTS, BAD_WEIGHTS, 0,
+            BLOCK, HARD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["P"])
 def rank_sort_kernel(
-    order_ptr, false_positives_ptr, among_ptr, first_ptr, second_ptr, rank_ptr, own_ptr, share_ptr, weights_ptr,
-    pulls_ptr, P, at_zero: tl.float64, eps: tl.float64, BLOCK: tl.constexpr,
+    order_ptr, false_positives_ptr, among_ptr, ranking_loss_ptr, auxiliary_loss_ptr, rank_ptr, grad_positives_ptr,
+    grad_per_fp_ptr, weights_ptr, auxiliary_errors_ptr, P, at_zero: tl.float64, eps: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: what Rank & Sort makes of the sums of among_grades_kernel.
 
-    weights: what below_grades_kernel weighs the rows by; pulls: their own pull of the second loss.
+    weights: what below_grades_kernel weighs the rows by; auxiliary_errors: what they are pulled up by.
     """
-    dtype = first_ptr.dtype.element_ty
-    first_sum = tl.zeros([BLOCK], tl.float64)
-    second_sum = tl.zeros([BLOCK], tl.float64)
+    dtype = ranking_loss_ptr.dtype.element_ty
+    ranking_sum = tl.zeros([BLOCK], tl.float64)
+    auxiliary_sum = tl.zeros([BLOCK], tl.float64)
     count = P.to(tl.float64)
     for begin in range(0, P, BLOCK):
         index = begin + tl.arange(0, BLOCK)
@@ -139,22 +140,22 @@ def rank_sort_kernel(
         negatives = tl.load(false_positives_ptr + index, mask=inside, other=0.0)
         above = tl.load(among_ptr + index, mask=inside, other=1.0)
         missorted = tl.load(among_ptr + 2 * P + index, mask=inside, other=0.0)
-        first, second, pull, share, second_pull, weight = _rank_sort(
+        ranking, auxiliary, error, per_fp, auxiliary_error, weight = _rank_sort(
             negatives, above, tl.load(among_ptr + P + index, mask=inside, other=0.0), missorted,
             tl.load(among_ptr + 3 * P + index, mask=inside, other=0.0), eps, _where,
         )  # fmt: skip
         rank = above + missorted + (1 - at_zero) + negatives
-        first_sum += tl.where(inside, first, 0.0)
-        second_sum += tl.where(inside, second, 0.0)
+        ranking_sum += tl.where(inside, ranking, 0.0)
+        auxiliary_sum += tl.where(inside, auxiliary, 0.0)
         where = tl.load(order_ptr + index, mask=inside, other=0)
         tl.store(rank_ptr + where, rank.to(dtype), mask=inside)
-        tl.store(own_ptr + where, -pull / count, mask=inside)
-        tl.store(own_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
-        tl.store(share_ptr + index, share / count, mask=inside)
+        tl.store(grad_positives_ptr + where, -error / count, mask=inside)
+        tl.store(grad_positives_ptr + (2 * P + index), tl.zeros([BLOCK], tl.float64), mask=inside)
+        tl.store(grad_per_fp_ptr + index, per_fp / count, mask=inside)
         tl.store(weights_ptr + index, weight / count, mask=inside)
-        tl.store(pulls_ptr + index, second_pull / count, mask=inside)
-    tl.store(first_ptr, (tl.sum(first_sum, axis=0) / count).to(dtype))
-    tl.store(second_ptr, (tl.sum(second_sum, axis=0) / count).to(dtype))
+        tl.store(auxiliary_errors_ptr + index, auxiliary_error / count, mask=inside)
+    tl.store(ranking_loss_ptr, (tl.sum(ranking_sum, axis=0) / count).to(dtype))
+    tl.store(auxiliary_loss_ptr, (tl.sum(auxiliary_sum, axis=0) / count).to(dtype))
 
 
 def terms(
@@ -168,23 +169,23 @@ def terms(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both losses, ranks, own gradients, shares; contract in :mod:`alrp_triton.operators`."""
+    """Losses, ranks, gradients of the positives, and per false positive; contract in :mod:`alrp_triton.operators`."""
     p, at_zero = rows.numel(), formulas.at_zero(delta)
-    first, second, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), (), p))
-    own, share = rows.new_empty(3, p), torch.empty_like(rows)
+    ranking, auxiliary, rank = (rows.new_empty(shape, dtype=dtype) for shape in ((), (), p))
+    grad_positives, grad_per_fp = rows.new_empty(3, p), torch.empty_like(rows)
     if loss != "rank_sort":
         with torch.cuda.device_of(rows):
             terms_kernel[(1,)](
-                rows, row_groups, values, order, false_positives, first, second, rank, own, share,
+                rows, row_groups, values, order, false_positives, ranking, auxiliary, rank, grad_positives, grad_per_fp,
                 work_of(rows), p, delta, at_zero, eps, LOSS=LOSSES[loss], HARD=delta == 0, **launch(p),
             )  # fmt: skip
-        return first, second, rank, own, share
+        return ranking, auxiliary, rank, grad_positives, grad_per_fp
     among = among_grades(rows, row_groups, values, delta)
-    weights, pulls = parts((p, p), torch.float64, rows.device)
+    weights, auxiliary_errors = parts((p, p), torch.float64, rows.device)
     with torch.cuda.device_of(rows):
         rank_sort_kernel[(1,)](
-            order, false_positives, among, first, second, rank, own, share, weights, pulls, p, at_zero, eps,
-            BLOCK=RANK_SORT_BLOCK, num_warps=RANK_SORT_WARPS,
+            order, false_positives, among, ranking, auxiliary, rank, grad_positives, grad_per_fp, weights,
+            auxiliary_errors, p, at_zero, eps, BLOCK=RANK_SORT_BLOCK, num_warps=RANK_SORT_WARPS,
         )  # fmt: skip
-    below_grades(rows, row_groups, values, weights, delta, order, pulls, own)
-    return first, second, rank, own, share
+    below_grades(rows, row_groups, values, weights, delta, order, auxiliary_errors, grad_positives)
+    return ranking, auxiliary, rank, grad_positives, grad_per_fp

@@ -27,8 +27,8 @@ import triton.language as tl
 # How the kernels are launched, by how many numbers there are: a thread has one or two of a block, for the time is that
 # of a thread's instructions, one after the other. A bound on the registers, of as many as there are, keeps ptxas from
 # saving some of them, at the price of spills, for more programs than there are.
-MOST_REGISTERS = {"maxnreg": 255}
-FEW = {"BLOCK": 256, "num_warps": 8, **MOST_REGISTERS}
+MAX_REGISTERS = {"maxnreg": 255}
+FEW = {"BLOCK": 256, "num_warps": 8, **MAX_REGISTERS}
 SOME = {"BLOCK": 512, "num_warps": 16, "maxnreg": 128}
 MANY = {"BLOCK": 1024, "num_warps": 16, "maxnreg": 128}
 AMD = {"BLOCK": 256, "num_warps": 4}

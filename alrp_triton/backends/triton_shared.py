@@ -23,7 +23,7 @@ THREADS = 32 * WARPS
 BLOCK = 4 * THREADS  # columns at a time
 PROGRAMS = 2  # for each multiprocessor
 # What a sum has room for: of a program, and of all together in global memory.
-MOST_COLUMNS, MOST_OF_ALL = (1 << 18) - BLOCK, 1 << 32
+MAX_COLUMNS, MAX_OF_ALL = (1 << 18) - BLOCK, 1 << 32
 SETTINGS = {"SHARED": True, "THREADS": THREADS, "num_warps": WARPS, "maxnreg": 65536 // (THREADS * PROGRAMS)}
 UNIT_BITS: tl.constexpr = tl.constexpr(28)
 _UNIT: tl.constexpr = tl.constexpr(2.0**28)

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formulas import MOST_GRADE
+from ..formulas import MAX_GRADE
+from .triton_layout import blocks
 from .triton_targets import Found
-from .triton_tiled import blocks
 
 TILE = {"ROWS": 8, "COLUMNS": 64}
 WARPS = 4
-MOST = 4096  # numbers, 2e7 comparisons; for more torch sorts. Chosen from the desk: no GPU has timed it
-_MOST_GRADE: tl.constexpr = tl.constexpr(MOST_GRADE)
+MAX_COUNT = 4096  # numbers, 2e7 comparisons; for more torch sorts. Chosen from the desk: no GPU has timed it
+_MAX_GRADE: tl.constexpr = tl.constexpr(MAX_GRADE)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -79,7 +79,7 @@ def order_kernel(
             value = tl.load(values_ptr + (rank if BY_PLACE else index), mask=inside, other=0.0).to(tl.float64)
         tl.store(row_values_ptr + row, value, mask=inside)
         if IOUS:  # a NaN is let through
-            wrong = inside & ((value < 0) | (value > _MOST_GRADE))
+            wrong = inside & ((value < 0) | (value > _MAX_GRADE))
             if tl.max(wrong.to(tl.int32), axis=0) > 0:
                 tl.store(status_ptr + 2, 0)
     if status_ptr is not None:  # noqa: SIM102 (known when compiling)

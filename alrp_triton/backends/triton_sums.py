@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_gradients import PositiveGradients, scale_positives
 from .triton_prefix import (
     add_up,
     begins_group,
@@ -33,7 +34,6 @@ from .triton_prefix import (
     split_of,
     width_of,
 )
-from .triton_tiled import Own, scale_own
 
 
 @triton.jit
@@ -201,29 +201,33 @@ def _write_line(
 
 @triton.jit(do_not_specialize=["P", "positives"])
 def lines_kernel(
-    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, share_ptr, lines_ptr, below_ptr, work_ptr, own_ptr, first_ptr,
-    second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, P, positives, delta: tl.float64,
+    rows_ptr, groups_ptr, knots_ptr, rise_ptr, done_ptr, weights_ptr, lines_ptr, below_ptr, work_ptr,
+    grad_positives_ptr, ranking_scale_ptr, auxiliary_scale_ptr, values_scale_ptr, grad_scores_ptr, grad_values_ptr,
+    P, positives, delta: tl.float64,
     BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sum of share h over the rows -> lines[bins, 0 and 1]: value at the lower knot, and slope.
+    """One program: the sum of weight h over the rows -> lines[bins, 0 and 1]: value at the lower knot, and slope.
 
-    Shares are multiplied by first, if that is not None. below: 0, or NaN for the rows of a group that has a row or
-    share that is not finite, whose lines are NaN too. Own gradients as :func:`.scale_own` says.
+    Weights are times the scale of the ranking loss, if there is one. below: 0, or NaN for the rows of a group that has
+    a row or weight that is not finite, whose lines are NaN too. Beside it :func:`.scale_positives`.
     """
-    scale_own(own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK)
+    scale_positives(
+        grad_positives_ptr, ranking_scale_ptr, auxiliary_scale_ptr, values_scale_ptr, grad_scores_ptr, grad_values_ptr,
+        positives, BLOCK,
+    )  # fmt: skip
     dtype: tl.constexpr = knots_ptr.dtype.element_ty
     stride = P + 2
     factor = tl.full([], 1.0, tl.float64)
-    if first_ptr is not None:
-        factor = tl.load(first_ptr).to(tl.float64)
-    scale, unit = scale_for(largest_of(share_ptr, factor, P, BLOCK), P, 60)
+    if ranking_scale_ptr is not None:
+        factor = tl.load(ranking_scale_ptr).to(tl.float64)
+    scale, unit = scale_for(largest_of(weights_ptr, factor, P, BLOCK), P, 60)
     delta = tl.full([], delta, tl.float64)
     rate = delta
     width = delta
     if not HARD:
         rate = 0.5 / delta
         width = width_of(delta, 3)
-    _sum_weights(rows_ptr, groups_ptr, share_ptr, work_ptr, P, factor, scale, delta, rate, width, dtype, BLOCK, HARD)
+    _sum_weights(rows_ptr, groups_ptr, weights_ptr, work_ptr, P, factor, scale, delta, rate, width, dtype, BLOCK, HARD)
     tl.debug_barrier()
     for block in range(0, P, BLOCK):
         index = block + tl.arange(0, BLOCK)
@@ -274,8 +278,8 @@ def lines_of(
     knots: Tensor,
     rise: Tensor,
     done: Tensor,
-    share: Tensor,
-    own: Own,
+    weights: Tensor,
+    gradients: PositiveGradients,
     delta: float,
 ) -> tuple[Tensor, Tensor]:
     """Lines ``(2P, 2)``, and what is below all knots of the group of each row ``(P,)``, of :func:`lines_kernel`."""
@@ -284,7 +288,7 @@ def lines_of(
     work = torch.empty(7 * (p + 2), dtype=torch.int64, device=rows.device)
     with torch.cuda.device_of(rows):
         lines_kernel[(1,)](
-            rows, row_groups, knots, rise, done, share, lines, below, work, *own, p,
-            own.positives, delta, HARD=delta == 0, **launch(p),
+            rows, row_groups, knots, rise, done, weights, lines, below, work, *gradients, p,
+            gradients.positives, delta, HARD=delta == 0, **launch(p),
         )  # fmt: skip
     return lines, below

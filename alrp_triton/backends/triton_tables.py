@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .columns import Columns
 from .knots import working_dtype
-from .triton_prefix import MOST_REGISTERS, is_finite, is_jump, load_row, narrowed
-from .triton_tiled import blocks
+from .triton_layout import blocks
+from .triton_prefix import MAX_REGISTERS, is_finite, is_jump, load_row, narrowed
 
 WARPS = 4
 ROWS = 8  # a program
@@ -243,5 +243,5 @@ def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, c
         tables_kernel[(max(blocks(p, ROWS), blocks(runs, CELLS * ROWS)),)](
             rows, row_groups, columns.groups, knots, rise, done, lut, bounds if runs else None, p, runs, delta,
             CELLS=CELLS, ROWS=ROWS, num_warps=WARPS,
-            **({} if torch.version.hip else MOST_REGISTERS),
+            **({} if torch.version.hip else MAX_REGISTERS),
         )  # fmt: skip

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formulas import MOST_GRADE
+from ..formulas import MAX_GRADE
 from .columns import ALL, NONE
-from .triton_tiled import blocks
+from .triton_layout import blocks
 
 BLOCK = 512  # more takes registers, and so warps
 WARPS = 4
-_MOST_GRADE: tl.constexpr = tl.constexpr(MOST_GRADE)
+_MAX_GRADE: tl.constexpr = tl.constexpr(MAX_GRADE)
 _NONE: tl.constexpr = tl.constexpr(NONE)
 _ALL: tl.constexpr = tl.constexpr(ALL)
 
@@ -80,7 +80,7 @@ def dense_kernel(
         target = tl.load(targets_ptr + index, mask=index < N, other=0)
     negative, positive = target == 0, target == 1
     if GRADED:
-        positive = (target > 0) & (target <= _MOST_GRADE)
+        positive = (target > 0) & (target <= _MAX_GRADE)
     bad = ~(negative | positive)
     if SIGNED:  # -1 would wrap around to the largest value of an unsigned dtype
         bad = bad & (target != -1)

@@ -18,15 +18,16 @@ order in which programs run: there are no atomics.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import ALL, NONE, Columns
+from .columns import Columns
 from .knots import working_dtype
+from .triton_gradients import PositiveGradients, scale_positives
+from .triton_layout import blocks, parts
+from .triton_marks import FEW_CLASSES, LANES, clear, counted
 
 # Tiles, by the dtype of the arithmetic; found by reading the machine code of six targets from two versions of Triton:
 # 64 pairs a thread at 128 threads in float32, as much as fits without spills in float64 (which only float64 logits use;
@@ -40,76 +41,15 @@ TRANSPOSE_TILE = {
 }
 PREPARE_BLOCK = 1024
 WARPS = 4
-LANES = 128  # anchors looked at together: one a thread
 # The forward product cuts the columns into splits, one partial sum each: enough programs to fill the largest GPU (about
 # 1000 at a time on an H100) several times over, few enough that the partial sums stay O(P).
 _SPLITS = 4096
-FEW: tl.constexpr = tl.constexpr(8)  # classes
 _TIGHT: tl.constexpr = tl.constexpr(2.0)
-_NONE: tl.constexpr = tl.constexpr(NONE)
-_ALL: tl.constexpr = tl.constexpr(ALL)
 
 # How a tile evaluates the step.
 _ANCHORED: tl.constexpr = tl.constexpr(0)  # delta > 0, rows of the block close together: row holds the offset
 _DIRECT: tl.constexpr = tl.constexpr(1)  # delta > 0: row holds the score
 _HARD: tl.constexpr = tl.constexpr(2)  # delta = 0: row holds the score
-
-
-@triton.jit
-def counted(marks_ptr, start, column, inside, CLASSES: tl.constexpr, dtype: tl.constexpr):
-    """How often the columns at start + column count (:class:`.columns.Columns`): 0 if not inside, which None all are.
-
-    CLASSES: the number of classes, if marks are of anchors; else 0.
-    """
-    if CLASSES > 0:
-        anchor = start // CLASSES
-        of_class = column.to(tl.uint32) + (start - anchor * CLASSES).to(tl.uint32)
-        after = of_class // CLASSES  # by a multiplication, for the divisor is known when compiling
-        of_class = (of_class - after * CLASSES).to(tl.int32)
-        at = marks_ptr + anchor + after.to(tl.int32)
-        if inside is None:
-            mark = tl.load(at)
-        else:
-            mark = tl.load(at, mask=inside, other=_ALL)
-        weight = ((mark != _ALL) & (mark != of_class)).to(dtype)
-    elif marks_ptr is None:
-        if inside is None:
-            weight = tl.full(column.shape, 1.0, dtype)
-        else:
-            weight = inside.to(dtype)
-    else:
-        OF_BYTES: tl.constexpr = marks_ptr.dtype.element_ty == tl.uint8
-        if inside is None:
-            mark = tl.load(marks_ptr + start + column)
-        else:
-            mark = tl.load(marks_ptr + start + column, mask=inside, other=1 if OF_BYTES else 0)
-        if OF_BYTES:
-            weight = (mark == 0).to(dtype)
-        else:
-            weight = mark.to(dtype)
-    return weight
-
-
-@triton.jit
-def clear(out_ptr, marks_ptr, start, end, CLASSES: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """0 at those of the columns [start, end), at most BLOCK, that do not count by marks of anchors.
-
-    Once all are stored, the few anchors of a block say which these are: to know it of each column takes a division.
-    With few classes there are many anchors: from FEW on this is the way.
-    """
-    zero = tl.zeros([LANES], out_ptr.dtype.element_ty)
-    for begin in range(0, BLOCK // CLASSES + 2, LANES):
-        anchor = start // CLASSES + begin + tl.arange(0, LANES)
-        column = anchor * CLASSES
-        mark = tl.load(marks_ptr + anchor, mask=column < end, other=_NONE)
-        if tl.min((mark == _NONE).to(tl.int32), axis=0) == 0:
-            tl.debug_barrier()  # behind what other threads have stored
-            of_class = column + mark
-            tl.store(out_ptr + of_class, zero, mask=(mark >= 0) & (of_class >= start) & (of_class < end))
-            if tl.min(mark, axis=0) == _ALL:
-                for _ in range(CLASSES):
-                    tl.store(out_ptr + column, zero, mask=(mark == _ALL) & (column >= start) & (column < end))
-                    column += 1
 
 
 @triton.jit
@@ -195,47 +135,20 @@ def _sum_rows(
     return acc
 
 
-@triton.jit
-def _store(array_ptr, index, x, inside):
-    """A float64 in the dtype of the array; to half precision by way of float32, as torch does it."""
-    dtype: tl.constexpr = array_ptr.dtype.element_ty
-    if dtype != tl.float64:
-        x = x.to(tl.float32)
-    tl.store(array_ptr + index, x.to(dtype), mask=inside)
-
-
-@triton.jit
-def scale_own(
-    own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK: tl.constexpr
-):
-    """Own gradients of the positives, times what comes in: pulls of their logits, and those of their values."""
-    if own_ptr is not None:
-        for begin in range(0, positives, BLOCK):
-            index = begin + tl.arange(0, BLOCK)
-            inside = index < positives
-            pull = tl.zeros([BLOCK], tl.float64)
-            if first_ptr is not None:
-                pull += tl.load(own_ptr + index, mask=inside, other=0.0) * tl.load(first_ptr).to(tl.float64)
-            if second_ptr is not None:
-                of_second = tl.load(own_ptr + positives + index, mask=inside, other=0.0)
-                pull += of_second * tl.load(second_ptr).to(tl.float64)
-            _store(pulls_ptr, index, pull, inside)
-            if of_values_ptr is not None:
-                grad = tl.load(own_ptr + 2 * positives + index, mask=inside, other=0.0)
-                _store(grad_values_ptr, index, grad * tl.load(of_values_ptr).to(tl.float64), inside)
-
-
 @triton.jit(do_not_specialize=["P", "positives"])
 def prepare_kernel(
-    rows_ptr, weights_ptr, scores_ptr, offsets_ptr, shares_ptr, own_ptr, first_ptr, second_ptr, of_values_ptr,
-    pulls_ptr, grad_values_ptr, P, positives, delta: tl.float64,
+    rows_ptr, weights_ptr, scores_ptr, offsets_ptr, narrow_ptr, grad_positives_ptr, ranking_scale_ptr,
+    auxiliary_scale_ptr, values_scale_ptr, grad_scores_ptr, grad_values_ptr, P, positives, delta: tl.float64,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """What rmatvec_kernel reads: rows, offsets, weights in its dtype, and shares[P], 0 if all are finite, else NaN.
+    """What rmatvec_kernel reads: rows, offsets, weights in its dtype; behind these 0, or NaN if any is not finite.
 
-    Weights are times ``first``, if that is given; own gradients as :func:`scale_own` says.
+    Weights are times the scale of the ranking loss, if there is one. Beside it :func:`.scale_positives`.
     """
-    scale_own(own_ptr, first_ptr, second_ptr, of_values_ptr, pulls_ptr, grad_values_ptr, positives, BLOCK)
+    scale_positives(
+        grad_positives_ptr, ranking_scale_ptr, auxiliary_scale_ptr, values_scale_ptr, grad_scores_ptr, grad_values_ptr,
+        positives, BLOCK,
+    )  # fmt: skip
     dtype = scores_ptr.dtype.element_ty
     poison = tl.load(rows_ptr) * 0.0 + tl.load(rows_ptr + P - 1) * 0.0 + tl.zeros([BLOCK], tl.float64)
     for begin in range(0, P, BLOCK):
@@ -243,15 +156,15 @@ def prepare_kernel(
         inside = index < P
         row = tl.load(rows_ptr + index, mask=inside, other=0.0)
         weight = tl.load(weights_ptr + index, mask=inside, other=0.0)
-        if first_ptr is not None:
-            weight = weight * tl.load(first_ptr).to(tl.float64)
+        if ranking_scale_ptr is not None:
+            weight = weight * tl.load(ranking_scale_ptr).to(tl.float64)
         tl.store(scores_ptr + index, row.to(dtype), mask=inside)
-        tl.store(shares_ptr + index, weight.to(dtype), mask=inside)
+        tl.store(narrow_ptr + index, weight.to(dtype), mask=inside)
         if not HARD:
             anchor = tl.load(rows_ptr + index // ROWS * ROWS, mask=inside, other=0.0)
             tl.store(offsets_ptr + index, (0.5 - (row - anchor) * (0.5 / delta)).to(dtype), mask=inside)
         poison += weight * 0.0
-    tl.store(shares_ptr + P, tl.sum(poison, axis=0).to(dtype))
+    tl.store(narrow_ptr + P, tl.sum(poison, axis=0).to(dtype))
 
 
 @triton.jit(do_not_specialize=["P", "N"])
@@ -284,32 +197,16 @@ def rmatvec_kernel(
                     acc = _sum_rows(acc, x, rows_ptr, weights_ptr, first, P, anchor, scale, ROWS, CHUNK, _DIRECT)
     g = tl.sum(acc, axis=0) + tl.load(weights_ptr + P)
     g = tl.where(x != x, float("nan"), g)
-    if CLASSES < FEW:
+    if CLASSES < FEW_CLASSES:
         g = tl.where(counted(marks_ptr, start, column, inside, CLASSES, dtype) != 0, g, 0.0)
     tl.store(out_ptr + start + column, g.to(out_ptr.dtype.element_ty), mask=inside)
-    if CLASSES >= FEW:
+    if CLASSES >= FEW_CLASSES:
         clear(out_ptr, marks_ptr, start, tl.minimum(start + COLUMNS, N), CLASSES, COLUMNS, LANES)
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels can run on tensors of this device: a CUDA or ROCm GPU, or any under Triton's interpreter."""
     return device.type == "cuda" or not isinstance(matvec_kernel, triton.JITFunction)
-
-
-def blocks(size: int, block: int) -> int:
-    """How many blocks it takes. (Triton's own ``cdiv`` takes a hundred times as long.)"""
-    return -(-size // block)
-
-
-def parts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Empty vectors in one allocation, each at an address that 16 bytes divide.
-
-    Triton compiles a kernel again where an address is no longer, or not yet, divisible so: sizes change with P.
-    """
-    step = 16 // dtype.itemsize
-    lengths = [-(-size // step) * step for size in sizes]
-    whole = torch.empty(sum(lengths), dtype=dtype, device=device)
-    return [part[:size] for part, size in zip(whole.split(lengths), sizes, strict=True)]
 
 
 def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float) -> None:
@@ -333,36 +230,6 @@ def matvec(rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: flo
     return partial_sums.sum(0, dtype=torch.float64)
 
 
-class Own(NamedTuple):
-    """What :func:`scale_own` reads and writes."""
-
-    gradients: Tensor | None = None
-    first: Tensor | None = None
-    second: Tensor | None = None
-    of_values: Tensor | None = None
-    pulls: Tensor | None = None
-    grad_values: Tensor | None = None
-
-    @property
-    def positives(self) -> int:
-        """How many."""
-        return 0 if self.pulls is None else self.pulls.numel()
-
-
-def own_of(
-    own: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    of_values: Tensor | None,
-    dtype: torch.dtype,
-    logits: Tensor,
-) -> Own:
-    """That of arguments of ``spread`` (:mod:`alrp_triton.operators`), with room for what becomes of them."""
-    p = own.shape[1]
-    grad_values = own.new_empty(0 if of_values is None else p, dtype=dtype)
-    return Own(own, first, second, of_values, logits.new_empty(p), grad_values)
-
-
 def rmatvec(
     rows: Tensor,
     row_groups: Tensor | None,
@@ -370,25 +237,25 @@ def rmatvec(
     columns: Columns,
     delta: float,
     tables: list[Tensor],
-    own: Own | None = None,
+    gradients: PositiveGradients | None = None,
 ) -> Tensor:
     """g_j = sum_i H_ij w_i, in the dtype of the columns ``(N,)``; 0 where a column does not count.
 
-    With ``own`` weights are times its ``first``, and :func:`scale_own` is done beside.
+    With ``gradients`` weights are times their ``ranking_scale``, and :func:`.scale_positives` is done beside.
     """
-    own, values = own or Own(), columns.values
+    gradients, values = gradients or PositiveGradients(), columns.values
     p, n, working, hard = rows.numel(), values.numel(), working_dtype(values), delta == 0
     tile = TRANSPOSE_TILE[working]
-    scores, offsets, shares = parts((p + 1,) * 3, working, rows.device)
+    scores, offsets, narrow = parts((p + 1,) * 3, working, rows.device)
     out = torch.empty_like(values)
     with torch.cuda.device_of(rows):
         # In the loop over rows every instruction counts, so what belongs to a row is made here, once.
         prepare_kernel[(1,)](
-            rows, weights, scores, offsets, shares, *own, p, own.positives, delta, ROWS=tile["ROWS"],
+            rows, weights, scores, offsets, narrow, *gradients, p, gradients.positives, delta, ROWS=tile["ROWS"],
             BLOCK=PREPARE_BLOCK, HARD=hard, num_warps=WARPS,
         )  # fmt: skip
         rmatvec_kernel[(blocks(n, tile["COLUMNS"]),)](
-            scores, offsets, shares, values, columns.marks, out, p, n, delta, CLASSES=columns.num_classes or 0,
+            scores, offsets, narrow, values, columns.marks, out, p, n, delta, CLASSES=columns.num_classes or 0,
             LANES=LANES, HARD=hard, num_warps=WARPS, **tile,
         )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ from ..checks import check_tensor, check_values
 
 __all__ = ["dice_error"]
 
-MOST_MASKS = 200
+MAX_MASKS = 200
 """Masks that a process trains in a step, as published."""
 _EPS = 1e-5  # published
 _ROUNDING = 1e-3  # what resampling may add to 1
@@ -61,8 +61,8 @@ def draw_masks(positive: Tensor) -> Tensor:
     They are drawn before the branch runs, so that what it costs has a bound.
     """
     indices = positive.nonzero()[:, 0]
-    if len(indices) <= MOST_MASKS:
+    if len(indices) <= MAX_MASKS:
         return positive
     drawn = torch.zeros_like(positive)
-    drawn[indices[torch.randperm(len(indices), device=indices.device)[:MOST_MASKS]]] = True
+    drawn[indices[torch.randperm(len(indices), device=indices.device)[:MAX_MASKS]]] = True
     return drawn

@@ -13,7 +13,7 @@ from ..boxes import TAU
 from ..checks import check_integer, check_number
 from .lrp import FloatArray, LRPErrors, lrp_at, optimal_lrp
 
-_MOST_ID = 2**53
+_MAX_ID = 2**53
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -206,7 +206,7 @@ def _check_ids(name: str, coco: Any) -> None:
             raise ValueError(f"{name} of the evaluation has {what} whose id another has: number {key} from 1")
         for wrong in known:
             if (isinstance(wrong, str) and index == "imgs") or (
-                isinstance(wrong, _NUMBERS) and least <= wrong <= _MOST_ID
+                isinstance(wrong, _NUMBERS) and least <= wrong <= _MAX_ID
             ):
                 continue
             wanted = f"{least} to 2**53, for the evaluation loses others: number {key} from 1"

@@ -13,10 +13,10 @@ import numpy as np
 
 from .errors import UserError, in_a_line
 
-LEAST_SIDE = 0.01
+MIN_SIDE = 0.01
 """Pixels. A box with a shorter side, inside of its image, is none: in float32 it may have no area once resized."""
 
-_MOST_AREA = 1e10  # of COCO's range "all": objects with more would be ignored
+_MAX_AREA = 1e10  # of COCO's range "all": objects with more would be ignored
 _PARTS = {"train", "val", "test"}
 
 
@@ -151,9 +151,9 @@ class Coco:
             border = np.tile(self.sizes[image], 2)
             inside = np.clip(corners, 0, border).astype(np.float32)
             finite = np.isfinite(corners).all(1)
-            empty = ~(inside[:, 2:] - inside[:, :2] >= LEAST_SIDE).all(1)
-            of_box = np.minimum(xywh[:, 2] * xywh[:, 3], _MOST_AREA)
-            bad_area = ~np.isnan(area) & ~((area >= 0) & (area <= _MOST_AREA))
+            empty = ~(inside[:, 2:] - inside[:, :2] >= MIN_SIDE).all(1)
+            of_box = np.minimum(xywh[:, 2] * xywh[:, 3], _MAX_AREA)
+            bad_area = ~np.isnan(area) & ~((area >= 0) & (area <= _MAX_AREA))
             over = ((corners < -1) | (corners > border + 1)).any(1)  # less than a pixel is rounding
             odd = np.logical_or(over, (xywh[:, 2:] < 1).all(1))
         kept = ~missing & finite & ~empty

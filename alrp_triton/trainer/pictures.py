@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 _ON_ANY = [withStroke(linewidth=3, foreground="black", alpha=0.7)]
 _TRUE, _FOUND = "#7CFC00", "#FFD400"
-_MOST = 20  # detections in a picture
+_MAX_DETECTIONS = 20  # detections in a picture
 _TEXT = 0.036  # height of a label, of the longer side of a picture
 
 Picture = tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor] | None]
@@ -76,7 +76,7 @@ def save_detections(pictures: Sequence[Picture], names: Sequence[str], file: Pat
     for axes, (image, found, target) in zip(grid.flat, pictures, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
         taken: list[Bbox] = []
-        count = _MOST
+        count = _MAX_DETECTIONS
         if target is not None:
             count = int((~target["iscrowd"]).sum())
             boxes = box_convert(target["truth"], "xywh", "xyxy")

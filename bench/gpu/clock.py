@@ -17,7 +17,7 @@ Step = Callable[[], object]
 
 _FLUSH_BYTES = 256 << 20
 # Cycles that hold the device back: a millisecond or two of an H100, doubled where the host was slower.
-_FIRST_CYCLES, _MOST_CYCLES = 1 << 21, 1 << 26
+_FIRST_CYCLES, _MAX_CYCLES = 1 << 21, 1 << 26
 
 
 class Timing(NamedTuple):
@@ -81,7 +81,7 @@ class DeviceTimer:
             device.wait()
             del result  # not before the clocks have stopped
             timing = Timing(start.elapsed_time(end), 1e3 * host, behind)
-            if behind or self.waits or self.cycles >= _MOST_CYCLES:
+            if behind or self.waits or self.cycles >= _MAX_CYCLES:
                 return timing
             self.cycles *= 2
 

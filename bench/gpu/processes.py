@@ -21,7 +21,7 @@ from ..run import ROOT
 from .work import Record
 from .worker import POISONED
 
-MOST_CRASHES = 5
+MAX_CRASHES = 5
 _TO_END = 10.0  # seconds that a process has to end once it has said that it is done
 
 
@@ -115,7 +115,7 @@ class Pool:
                 crashed.append(attempt.unit)
                 self.on_record(job, {"error": attempt.unit, "text": attempt.why()})
             done = attempt.index + 1
-            if len(crashed) > MOST_CRASHES or attempt.index < 0:
+            if len(crashed) > MAX_CRASHES or attempt.index < 0:
                 return Outcome("failed", time.monotonic() - begin, attempt.why(), (), tuple(crashed))
 
     def start(self, job: Job, seconds: float, done: int, attempt: int) -> "subprocess.Popen[str]":

@@ -31,7 +31,7 @@ WAITING = (TORCH, LOOP, DENSE, BUCKETED)
 LOOP_PAIRS = 30_000_000_000  # the published loop is left out beyond: some seconds a step
 _PAIR_BYTES = 20  # of the dense matrix and what is made of it, at its peak
 
-_SAMPLES, _SECONDS, _LEAST = 30, 0.3, 3
+_SAMPLES, _SECONDS, _MIN_SAMPLES = 30, 0.3, 3
 """Turns of a contender at a size, fewer where they used up so much time, but some."""
 
 
@@ -239,7 +239,7 @@ class Session:
                     continue
                 taken: list[Timing] = getattr(entry, samples)
                 spent = sum(max(one.device_ms, one.host_ms) for one in taken) / 1e3
-                if len(taken) < _LEAST or (spent < _SECONDS and self.context.left > 0):
+                if len(taken) < _MIN_SAMPLES or (spent < _SECONDS and self.context.left > 0):
                     self._try(name, entry, lambda by=by, taken=taken: taken.append(by.take()))
 
     def _capture(self, clock: Clock, name: str, entry: Entry) -> None:

@@ -15,6 +15,7 @@ from alrp_triton.backends import (
     triton_among,
     triton_binned,
     triton_graded,
+    triton_marks,
     triton_positives,
     triton_prefix,
     triton_shared,
@@ -42,15 +43,16 @@ _TYPES = {
     "classes": "i64", "background": "i64", "ignore_index": "i64", "delta": "fp64", "scale": "fp64", "unit": "fp64",
     "rate": "fp64",
     "rows_ptr": "*fp64", "values_ptr": "*fp64", "columns_ptr": "*{C}", "out_ptr": "*{C}", "marks_ptr": "*u8",
-    "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "shares_ptr": "*{W}",
+    "weights_ptr": "*fp64", "partial_ptr": "*{W}", "scores_ptr": "*{W}", "offsets_ptr": "*{W}", "narrow_ptr": "*{W}",
     "knots_ptr": "*{W}", "lines_ptr": "*{W}", "below_ptr": "*{W}", "lut_ptr": "*i32", "rise_ptr": "*i32",
     "bounds_ptr": "*i32", "run_groups_ptr": "*i64", "nan_ptr": "*i64", "logits_ptr": "*fp32", "found_ptr": "*i64",
     "places_ptr": "*i64", "row_groups_ptr": "*i64", "row_values_ptr": "*fp64", "done_ptr": "*i32",
     "false_positives_ptr": "*fp64", "among_ptr": "*fp64",
-    "order_ptr": "*i64", "first_ptr": "*fp32", "second_ptr": "*fp32", "rank_ptr": "*fp32",
-    "own_ptr": "*fp64", "share_ptr": "*fp64", "pulls_ptr": "*fp64", "groups_ptr": "*i64",
+    "order_ptr": "*i64", "ranking_loss_ptr": "*fp32", "auxiliary_loss_ptr": "*fp32", "rank_ptr": "*fp32",
+    "grad_positives_ptr": "*fp64", "grad_per_fp_ptr": "*fp64", "auxiliary_errors_ptr": "*fp64", "groups_ptr": "*i64",
     "at_zero": "fp64", "eps": "fp64", "grades_ptr": "*fp64",
-    "work_ptr": "*i64", "of_values_ptr": "*fp32", "grad_values_ptr": "*fp32",
+    "errors_ptr": "*fp64", "grad_scores_ptr": "*fp64", "grad_values_ptr": "*fp32", "ranking_scale_ptr": "*fp32",
+    "auxiliary_scale_ptr": "*fp32", "values_scale_ptr": "*fp32", "work_ptr": "*i64",
     "table_ptr": "*i64", "targets_ptr": "*i64", "positives_ptr": "*i64", "status_ptr": "*i64",
 }  # fmt: skip
 
@@ -103,7 +105,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     count_warps = triton_shared.WARPS if shared else triton_binned.WARPS
     shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
     bytes_, one = {"CLASSES": 0}, {"bounds_ptr": None}  # marks of one byte; one group
-    lanes = {"LANES": triton_tiled.LANES}
+    lanes = {"LANES": triton_marks.LANES}
     per_column = "column", triton_binned.BLOCK[working]
     found: dict[str, Kernel] = {}
     for step, hard in [("", False)] + [(" hard", True)] * (columns == "fp32" or target == "sm_90"):
@@ -150,7 +152,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
         return {name: kernel for name, kernel in found.items() if name.startswith(reads_columns)}
     tables = {"CELLS": triton_tables.CELLS, "ROWS": triton_tables.ROWS}
     alone = tables | {"groups_ptr": None, "run_groups_ptr": None, "bounds_ptr": None}
-    bound = () if target.startswith("gfx") else tuple(triton_prefix.MOST_REGISTERS.items())
+    bound = () if target.startswith("gfx") else tuple(triton_prefix.MAX_REGISTERS.items())
     for form, constants in (("", alone), (" in groups", tables)):
         found[f"binned tables{form}"] = Kernel(
             triton_tables.tables_kernel, constants, {}, triton_tables.WARPS, options=bound

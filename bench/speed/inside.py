@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # pyright: ignore[reportPrivateImportUsage]
 
-from alrp_triton import backends, checks, dispatch
+from alrp_triton import backends, checks, stages
 
 
 class Inside(TorchDispatchMode):
@@ -27,7 +27,7 @@ class Inside(TorchDispatchMode):
         if func.namespace == "alrp_triton":
             self.operators.add(func._opname)
             with self:
-                return getattr(dispatch, func._opname)(*args, **(kwargs or {}))
+                return getattr(stages, func._opname)(*args, **(kwargs or {}))
         return self.operation(func, args, kwargs or {})
 
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from .contenders import BASELINES, Contender, contenders
 from .problems import Problem, Size, make_problem
 
-SECONDS = 6.0  # a contender takes no further turn after so many, but has at least _LEAST
-_LEAST = 3
+SECONDS = 6.0  # a contender takes no further turn after so many, but has at least _MIN_SAMPLES
+_MIN_SAMPLES = 3
 # Where a contender's p80 is more than so many times its p20, somebody else used the machine: the size is measured
 # again, so often at most, and the steadiest try is kept.
 STEADY, TRIES = 2.0, 3
@@ -81,7 +81,7 @@ def _take_turns(found: dict[str, Contender], repeats: int) -> dict[str, list[flo
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeats):
         for name, contender in found.items():
-            if len(times[name]) < _LEAST or sum(times[name]) < 1e3 * SECONDS:
+            if len(times[name]) < _MIN_SAMPLES or sum(times[name]) < 1e3 * SECONDS:
                 times[name].append(_time(contender))
     return times
 

@@ -88,7 +88,7 @@ def draw() -> Figure:
     kept = {
         "find": "positives (P,)",
         "count": "rows (P,), tables",
-        "terms": "share (P,), own (3, P)",
+        "terms": "grad_per_fp (P,),\ngrad_positives (3, P)",
     }
     for name, what in kept.items():
         y = _middle(by_name[name])
@@ -96,7 +96,7 @@ def draw() -> Figure:
         axes.text((_RIGHT + _KEPT) / 2, y - 0.1, what, ha="center", va="bottom", size=8)
     y = _middle(by_name["spread"])
     _arrow(axes, (_KEPT, y), (_RIGHT, y))
-    what = "rows, tables, positives,\nshare, own"
+    what = "rows, tables, positives,\ngrad_per_fp, grad_positives"
     axes.text((_RIGHT + _KEPT) / 2, y - 0.1, what, ha="center", va="bottom", size=8)
 
     # Results, and incoming gradients.

@@ -29,7 +29,7 @@ SCENES, HELD_OUT = 24, 3
 _DIGITS = studies.STUDIES["digits"]
 # With a period of an epoch, which nobody knows before the data are there.
 TINY = _DIGITS._replace(
-    model=_DIGITS.model | {"period": None}, losses=("aLRP", "focal + L1"), steps=4, seeds=2, turns=2
+    model={**_DIGITS.model, "period": None}, losses=("aLRP", "focal + L1"), steps=4, seeds=2, turns=2
 )
 
 

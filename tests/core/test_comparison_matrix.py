@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import alrp_triton
-from alrp_triton import ComparisonMatrix, dispatch
+from alrp_triton import ComparisonMatrix, dispatch, stages
 from alrp_triton.dispatch import Backend
 from reference import comparison_matrix
 from tests.conftest import or_skip
@@ -263,7 +263,7 @@ def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.
     def results() -> list[Tensor]:
         def found(targets: Tensor, values: Tensor | None, groups: Tensor | None, graded: bool) -> tuple[Tensor, ...]:
             form = None, 0, -1, graded
-            return dispatch.find(logits, targets, values, groups, *form, True, 40, "ious", "triton")
+            return stages.find(logits, targets, values, groups, *form, True, 40, "ious", "triton")
 
         return [
             *dispatch.sort_rows(numbers, "triton"),
@@ -275,7 +275,7 @@ def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.
         ]
 
     few = results()
-    monkeypatch.setattr(triton_sort, "MOST", 39)
+    monkeypatch.setattr(triton_sort, "MAX_COUNT", 39)
     monkeypatch.setattr(triton_sort, "order_kernel", None)
     assert all(torch.equal(a, b) for a, b in zip(few, results(), strict=True))
 
@@ -345,7 +345,7 @@ def test_the_rows_by_grade(backend: Backend, device: str, delta: float, p: int) 
     assert matrix.among_grades(torch.ones_like(weights)).isnan().all()
 
 
-def stages(
+def every_stage(
     backend: Backend, device: str, loss: str, form: str, grouped: bool, delta: float
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Each operator with the arguments that a loss hands it."""
@@ -380,7 +380,7 @@ def stages(
 @pytest.mark.parametrize("loss", ["alrp", "ap", "interpolated_ap", "rank_sort"])
 def test_operators_pass_opcheck(loss: str, form: str, delta: float, backend: Backend, device: str) -> None:
     grouped = form == "dense" and backend != "triton_tiled"
-    for operator, arguments in stages(backend, device, loss, form, grouped, delta):
+    for operator, arguments in every_stage(backend, device, loss, form, grouped, delta):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -389,7 +389,7 @@ def test_operators_pass_opcheck_with_unknown_sizes(grouped: bool, backend: Backe
     if grouped and backend == "triton_tiled":
         pytest.skip("it ranks one group")
     tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
-    for operator, arguments in stages(backend, device, "rank_sort", "classes", grouped, 1.0):
+    for operator, arguments in every_stage(backend, device, "rank_sort", "classes", grouped, 1.0):
         if operator is not torch.ops.alrp_triton.count:  # it compares bits, and what is not used of the tables is any
             torch.library.opcheck(operator, arguments, test_utils=tests)
     unknown = torch.randn(100, device=device), torch.zeros(25, dtype=torch.int64, device=device), None, None

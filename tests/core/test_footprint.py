@@ -133,7 +133,7 @@ def test_torch_sorts_many_positives(
     from alrp_triton.backends import triton_sort
 
     few, _ = record("triton_binned", "classes", device, groups=groups)
-    monkeypatch.setattr(triton_sort, "MOST", P - 1)
+    monkeypatch.setattr(triton_sort, "MAX_COUNT", P - 1)
     many, _ = record("triton_binned", "classes", device, groups=groups)
     assert [name for name in few.launches if name != "order_kernel"] == many.launches
     assert len(many.operations) - len(few.operations) == more + (device == "cuda")

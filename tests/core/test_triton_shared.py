@@ -176,7 +176,7 @@ def test_a_program_has_no_more_than_it_can_add_up(
     # Programs fill a GPU once; or more often, but then with as much as each can have.
     programs = runs * -(-columns // runs // span)
     most = max(triton_shared.PROGRAMS * multiprocessors, runs)
-    assert programs <= most or span > triton_shared.MOST_COLUMNS // 2
+    assert programs <= most or span > triton_shared.MAX_COLUMNS // 2
 
 
 def test_threads_that_would_do_the_same_are_an_error(shared_memory: SharedMemory) -> None:

@@ -176,11 +176,11 @@ class Launch(NamedTuple):
 
         return triton_sums.sum_bins(*self[:5], table, nan, self.delta, unit).cpu().numpy()
 
-    def lines(self, share: Tensor, first: Tensor | None) -> tuple[Floats, Floats]:
+    def lines(self, weights: Tensor, scale: Tensor | None) -> tuple[Floats, Floats]:
         from alrp_triton.backends import triton_sums
-        from alrp_triton.backends.triton_tiled import Own
+        from alrp_triton.backends.triton_gradients import PositiveGradients
 
-        lines, below = triton_sums.lines_of(*self[:5], share, Own(first=first), self.delta)
+        lines, below = triton_sums.lines_of(*self[:5], weights, PositiveGradients(ranking_scale=scale), self.delta)
         return lines.double().cpu().numpy(), below.double().cpu().numpy()
 
 

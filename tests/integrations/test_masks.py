@@ -18,7 +18,7 @@ pytest.importorskip("torchvision.ops", reason="torchvision is an extra", exc_typ
 from torchvision.models.detection import roi_heads
 
 from alrp_triton.integrations.head_loss import HeadLoss
-from alrp_triton.integrations.masks import MOST_MASKS, dice_error, draw_masks
+from alrp_triton.integrations.masks import MAX_MASKS, dice_error, draw_masks
 from alrp_triton.integrations.torchvision import remove_ranking_loss, use_ranking_loss
 from tests.support.compare import assert_near
 from tests.support.masks_by_hand import Array, crop, gradient_of_masks
@@ -149,7 +149,7 @@ def test_at_most_200() -> None:
     boxes = list[set[tuple[float, ...]]]()
     for seen in (step(model, data), step(model, data)):
         assert sum(int((labels > 0).sum()) for labels in seen.selected[2]) > 230
-        assert len(seen.masks) == sum(map(len, seen.pooled)) == MOST_MASKS == 200
+        assert len(seen.masks) == sum(map(len, seen.pooled)) == MAX_MASKS == 200
         boxes.append({tuple(box) for of_image in seen.pooled for box in of_image.tolist()})
         assert_by_hand(seen, data)
     assert boxes[0] != boxes[1]
@@ -162,9 +162,9 @@ def test_the_draw() -> None:
     positive = torch.arange(1000) % 4 != 0
     torch.manual_seed(0)
     counts = torch.stack([draw_masks(positive) for _ in range(400)]).sum(0)
-    assert counts.sum() == 400 * MOST_MASKS
+    assert counts.sum() == 400 * MAX_MASKS
     assert (counts[~positive] == 0).all()
-    expected = 400 * MOST_MASKS / 750
+    expected = 400 * MAX_MASKS / 750
     assert ((counts[positive] - expected).abs() < 6 * expected**0.5).all()
 
 

@@ -32,7 +32,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from alrp_triton.integrations.masks import MOST_MASKS, dice_error
+from alrp_triton.integrations.masks import MAX_MASKS, dice_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,7 +194,7 @@ def test_at_most_200(shared: bool) -> None:
     head, of = roi_head(shared=shared), data((3, 0, 2), 60)
     rows = list[list[int]]()
     for seen in (Seen(head, of), Seen(head, of)):
-        assert len(seen.masks) == len(set(seen.rows)) == MOST_MASKS == 200
+        assert len(seen.masks) == len(set(seen.rows)) == MAX_MASKS == 200
         assert {int(seen.rois[row, 0]) for row in seen.rows} == {0, 2}
         assert_by_hand(seen, of)
         rows.append(seen.rows)

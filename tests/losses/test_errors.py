@@ -228,7 +228,7 @@ def test_triton_backend_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
         def runs_on(device: torch.device) -> bool:
             return False
 
-    monkeypatch.setattr(dispatch, "_module", {"triton_tiled": NoGPU}.__getitem__)
+    monkeypatch.setattr(dispatch, "backend_module", {"triton_tiled": NoGPU}.__getitem__)
     monkeypatch.setattr(dispatch, "_triton_lacks", lambda: "")
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA or ROCm GPU, but the logits are on 'cpu'"):
         alrp_loss(**GOOD, backend="triton")

@@ -18,7 +18,7 @@ Classify = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def classify(request: pytest.FixtureRequest, device: str) -> Classify:
     backend, _, _ = request.param.partition("_")
     or_skip(backend, device)
-    read = dispatch._module(request.param).read  # pyright: ignore[reportPrivateUsage]
+    read = dispatch.backend_module(request.param).read
 
     def classify(targets: Tensor, classes: int | None, *how: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask of the negatives, positives, status."""

@@ -61,10 +61,10 @@ def test_import_is_light() -> None:
 
 def test_layers_import_one_way() -> None:
     """backends <- dispatch <- operators <- autograd <- functional <- modules; nothing reaches up. Backends, too, have an order."""
-    order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "trainer", "compat", "__init__"]  # fmt: skip
+    order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "stages", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "trainer", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "columns", "threads", "segments", "knots", "graded", "positives", "torch_targets", "torch_binned", "numba_jit",
-        "numba_targets", "numba_streams", "numba_tables", "numba_binned", "numba_positives", "triton_tiled", "triton_targets", "triton_sort", "triton_prefix", "triton_sums", "triton_tables", "triton_shared", "triton_binned",
+        "numba_targets", "numba_streams", "numba_tables", "numba_loops", "numba_binned", "numba_positives", "triton_marks", "triton_layout", "triton_gradients", "triton_tiled", "triton_targets", "triton_sort", "triton_prefix", "triton_sums", "triton_tables", "triton_shared", "triton_binned",
         "triton_among", "triton_graded", "triton_positives",
     ]  # fmt: skip
     inside = {
