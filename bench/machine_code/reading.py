@@ -1,14 +1,11 @@
 """What the compiler made of the kernels: registers, spills, and instructions by class, from the machine code.
 
-``python -m bench.machine_code.reading`` prints all that is read as JSON; ``python -m bench compiled`` makes tables of
-it. With a target and a dtype after it (``sm_90 fp32``) instructions are read for these alone: NVIDIA's disassembler
-needs half a second for each kernel, which is most of the time.
+``python -m bench compiled`` makes tables of it. Instructions may be read of one target and some dtypes alone: NVIDIA's
+disassembler needs half a second for each kernel, which is most of the time.
 """
 
-import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -225,7 +222,3 @@ def matrix(
         for target in targets
         for name in kernels(target, columns)
     ]
-
-
-if __name__ == "__main__":
-    print(json.dumps(matrix(disassembled=tuple(sys.argv[1:]) or None)))

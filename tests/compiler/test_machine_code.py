@@ -21,11 +21,21 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
 FORM = "( hard| in groups| of classes| of few| of some| elsewhere)"
 
 
+# A sample, for all takes minutes: float16 is compiled as bfloat16 is, and for AMD's older card as for its newer one.
+READ = """
+import json
+from bench.machine_code.reading import matrix
+read = "sm_90", "fp32", "bf16"
+records = matrix(("sm_90",), ("fp32", "fp64", "bf16", "fp16"), read) + matrix(("gfx90a",), ("fp32",), read)
+print(json.dumps(records + matrix(("sm_80", "sm_100", "gfx942", "gfx1100"), ("fp32", "fp64", "bf16"), read)))
+"""
+
+
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     or_skip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (done,) = run_together(["-m", "bench.machine_code.reading", "sm_90", "fp32", "bf16"], environment=environment)
+    (done,) = run_together(["-c", READ], environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -33,7 +43,9 @@ def records() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(records: list[dict[str, Any]], target: str) -> None:
     mine = [record for record in records if record["target"] == target]
-    for columns in ("fp32", "fp64", "bf16", "fp16"):
+    for columns in {"sm_90": ("fp32", "fp64", "bf16", "fp16"), "gfx90a": ("fp32",)}.get(
+        target, ("fp32", "fp64", "bf16")
+    ):
         names = {record["kernel"] for record in mine if record["columns"] == columns}
         for step in ("", " hard") if columns == "fp32" or target == "sm_90" else ("",):
             assert {f"{kernel}{step}" for kernel in ("tiled matvec", "tiled rmatvec", "binned count", "binned evaluate")} <= names  # fmt: skip

@@ -17,6 +17,8 @@ from tests.conftest import or_skip
 from tests.support.compare import TOLERANCE, as_numpy, assert_near
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Rows among themselves: both of Triton's backends run the same kernels.
+of_families = pytest.mark.parametrize("backend", ["torch", "numba", "triton_binned"], indirect=True)
 DELTAS = [1.0, 0.3, 1e-3, 0.0]  # 0.3: its 1/(2 delta) is no short binary number
 
 
@@ -196,6 +198,7 @@ def test_repeatable(backend: Backend, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@of_families
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("p", [1, 7, 140])
 def test_the_rows_among_themselves(backend: Backend, device: str, delta: float, p: int) -> None:
@@ -322,6 +325,7 @@ def test_columns_of_any_shape_and_stride(backend: Backend, device: str) -> None:
     assert torch.equal(matrix.rmatvec(w), flat.rmatvec(w).reshape(20, 30).t())
 
 
+@of_families
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("p", [1, 7, 140])
 def test_the_rows_by_grade(backend: Backend, device: str, delta: float, p: int) -> None:
@@ -375,9 +379,11 @@ def every_stage(
         yield ops.spread, (rows, row_groups, share, own, positives, *in_dtype, *of_logits, tables, delta, backend)
 
 
-@pytest.mark.parametrize("delta", [1.0, 0.0])
+# The step is a matter of the kernels, and of no shape or dtype.
+@pytest.mark.parametrize(
+    ("loss", "delta"), [("alrp", 1.0), ("alrp", 0.0), ("ap", 1.0), ("interpolated_ap", 1.0), ("rank_sort", 1.0)]
+)
 @pytest.mark.parametrize("form", ["classes", "bytes", "dense"])
-@pytest.mark.parametrize("loss", ["alrp", "ap", "interpolated_ap", "rank_sort"])
 def test_operators_pass_opcheck(loss: str, form: str, delta: float, backend: Backend, device: str) -> None:
     grouped = form == "dense" and backend != "triton_tiled"
     for operator, arguments in every_stage(backend, device, loss, form, grouped, delta):

@@ -120,7 +120,8 @@ def test_against_a_loop_over_groups(loss: str, form: str, delta: float, device: 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_backend(loss: str, backend: Backend, device: str) -> None:
-    for form in ("one an image", "one an anchor"):
+    # Of size N all losses do the same, and a run for each anchor takes long in Triton's interpreter.
+    for form in ("one an image", "one an anchor") if loss == "alrp" or "triton" not in backend else ("one an image",):
         batch = draw(form, seed=1)
         if backend == "triton_tiled":
             with pytest.raises(ValueError, match=r"'triton_tiled' ranks one group: .* 'triton_binned'"):

@@ -237,7 +237,7 @@ def compiled(rank: int, world: int) -> None:
     eager = partial(alrp_loss, process_group="world")
     compiled = torch.compile(eager, fullgraph=in_one_graph, dynamic=True, backend="aot_eager")
     for seed in range(2):
-        logits, targets, values, _ = draw(seed, [40, 25], ["", "no positives" if seed else ""])[rank]
+        logits, targets, values, _ = draw(seed, [40, 25, 30], ["", "no positives" if seed else "", ""])[rank]
         x, e = logits.requires_grad_(), values.requires_grad_()
         results: list[list[Tensor]] = []
         for function in (eager, compiled):
