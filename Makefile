@@ -39,7 +39,7 @@ SAMPLE := (not triton or random or hard_ties or nan_negative or opcheck or no_po
 
 # What another version may do to: the losses, torch.compile, training, detectors, metrics.
 OF_VERSIONS := compiler/test_torch_compile bench/test_gpu_clock bench/test_gpu_command bench/test_gpu_oracles \
-  bench/test_gpu_results bench/test_gpu_times core/test_binned core/test_comparison_matrix \
+  bench/test_gpu_results bench/test_gpu_times core/test_binned core/test_comparison_matrix core/test_operators \
   integrations/test_masks integrations/test_torchvision integrations/test_torchvision_inputs \
   integrations/test_torchvision_models losses/test_alrp losses/test_ap_and_rank_sort losses/test_balance \
   losses/test_boxes losses/test_errors losses/test_groups losses/test_losses losses/test_reference losses/test_targets \
