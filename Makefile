@@ -66,7 +66,7 @@ lint: .venv/.dev  ## Check style and types
 docs: .venv/.docs  ## Build the documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-trees: .venv/.demo  ## The same on real photographs, tree crowns from the air, which pip fetches (some minutes); see trees/
+trees: .venv/.demo  ## The same on real photographs, tree crowns from the air, which pip fetches (a quarter of an hour); see trees/
 	rm -rf trees
 	$(RUN) -m examples.trees trees/data
 	$(RUN) -m alrp_triton.trainer fit --config examples/trees.yaml --data.root trees/data --out trees
