@@ -140,14 +140,14 @@ class RankingLoss(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 ranking_scale = auxiliary_scale = None
             if ranking_scale is not None or auxiliary_scale is not None or values_scale is not None:
-                of_logits, grad = operators.spread(
+                grad_flat, grad_of_values = operators.spread(
                     rows, row_groups, grad_per_fp, grad_positives, positives, ranking_scale, auxiliary_scale,
                     values_scale, flat.dtype if values_scale is None else values.dtype, flat, marks, ctx.num_classes,
                     groups, tables, settings.delta, settings.backend,
                 )  # fmt: skip
                 if ranking_scale is not None or auxiliary_scale is not None:
-                    grad_logits = of_logits.reshape(logits.shape)
-                grad_values = None if values_scale is None else grad
+                    grad_logits = grad_flat.reshape(logits.shape)
+                grad_values = None if values_scale is None else grad_of_values
         # create_graph=True; what was compiled refuses it by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             cause = [t for t in (logits, values, of_ranking, of_auxiliary) if t is not None and t.requires_grad]
@@ -177,9 +177,9 @@ def ranking_loss(
     if groups is not None:  # a copy: it is kept for the backward pass, and the caller may write on
         groups = groups.reshape(-1).to(torch.int64, copy=True)
     find = operators.find if known.number is not None else operators.of_unknown_size(operators.find)
-    positives, marks, rows, wide, row_groups, order = find(
+    positives, marks, rows, row_values, row_groups, order = find(
         flat, targets, None if values is None else values.detach(), groups, *form, known.ious, known.number,
-        known.count_argument, backend,
+        known.count_argument, name, backend,
     )  # fmt: skip
     if form.num_classes is None and targets.dtype.itemsize == 1:
         marks = targets.reshape(-1).view(torch.uint8)
@@ -187,11 +187,11 @@ def ranking_loss(
     local_index = local_order = None
     if name:
         local_order, gather = order, operators.of_unknown_size(operators.gather_positives)
-        rows, wide, row_groups, order, local_index = gather(
-            rows, wide, row_groups, order, COLLECTIVES, settings.call, name, backend
+        rows, row_values, row_groups, order, local_index = gather(
+            rows, row_values, row_groups, order, COLLECTIVES, settings.call, name, backend
         )
         row_groups = None if groups is None else row_groups
-    ranked, of_logits = Ranked(rows, wide, row_groups, order), Logits(flat, marks, form.num_classes, groups)
+    ranked, of_logits = Ranked(rows, row_values, row_groups, order), Logits(flat, marks, form.num_classes, groups)
     false_positives, tables = operators.count(ranked.rows, ranked.groups, *of_logits, settings.delta, backend)
     if name:
         false_positives = operators.sum_over_processes(false_positives, COLLECTIVES, name)

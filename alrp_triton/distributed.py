@@ -23,9 +23,11 @@ _REDUCTIONS: tuple[str, ...] = get_args(GradientReduction)
 _HEADER = 256  # bytes: how many positives, and what was called
 _AT = 8
 _FAILED = -1
+_TOLD = "_alrp_triton_told"  # of an error that the other processes know
 _calls = WeakKeyDictionary[ProcessGroup, int]()  # of each group, so that a call is never taken for the next one
 
-COLLECTIVES = torch.zeros((), dtype=torch.int64, device="cpu")
+with torch.inference_mode(False):  # whoever imports this: no later step could write to a tensor made in it
+    COLLECTIVES = torch.zeros((), dtype=torch.int64, device="cpu")
 """``gather_positives`` reads it, and ``sum_over_processes`` writes to it. So a compiler can neither drop a call nor let
 two of them change places: other processes wait for them, in their order."""
 
@@ -121,26 +123,28 @@ def propagates_errors(loss: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*arguments: _P.args, **settings: _P.kwargs) -> _R:
         try:
             return loss(*arguments, **settings)
-        except ProcessesDisagreeError:  # all know
-            raise
         except (TypeError, ValueError, Warning) as error:
             tensors = (value for value in (*arguments, *settings.values()) if isinstance(value, Tensor))
             device = next((tensor.device for tensor in tensors), torch.device("cpu"))  # that of the logits, mostly
-            _send_failure(settings.get("process_group"), f"{type(error).__name__}: {error}", device)
+            with suppress(TypeError, ValueError):  # of the group: this is the error, and there is nobody to tell
+                send_failure(name_and_size(settings.get("process_group"))[0], error, device)
             raise
 
     return call
 
 
-def _send_failure(process_group: ProcessGroup | None, error: str, device: torch.device) -> None:
-    try:
-        name, _ = name_and_size(process_group)
-    except (TypeError, ValueError):  # this is the error: there is nobody to tell
+def send_failure(process_group: str, error: Exception, device: torch.device) -> None:
+    """Tells the other processes of the group of this name, if there is one, of an error; of each error once.
+
+    An operator tells of its own ones, for what is compiled into one graph has no wrapper that would see them.
+    """
+    if not process_group or isinstance(error, ProcessesDisagreeError) or hasattr(error, _TOLD):
         return
-    if name:
-        # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
-        with suppress(ProcessesDisagreeError, RuntimeError):
-            _counts(_FAILED, error, _group(name), _carried(device, _group(name)))
+    setattr(error, _TOLD, True)
+    # What is heard is no news here; and where the others are gone, this process' error says more than theirs.
+    with suppress(ProcessesDisagreeError, RuntimeError):
+        group = _group(process_group)
+        _counts(_FAILED, f"{type(error).__name__}: {error}", group, _carried(device, group))
 
 
 def gather(

@@ -402,7 +402,8 @@ def rank_sort_loss(
     Returns:
         ``ranking`` and ``sorting``, 0-d, in the widest dtype of logits, IoUs and float32.
 
-    Positives are compared with positives in O(P log P) work on a CPU, and pair by pair on a GPU by Triton.
+    Positives are compared with positives pair by pair on a GPU by Triton, and on a CPU, if they are few (2048 by numba,
+    400 by torch); beyond in O(P log P).
 
     Defined behaviour: that of :func:`alrp_loss` for no positives, no negatives, ties and second derivatives. NaN in a
     negative's logit makes ``ranking`` NaN and all gradients that come of it; a positive's logit that is not finite, and

@@ -15,14 +15,15 @@ there is one group. **Input order** is that of the flat index of a positive in t
 tells the place in it that each row has.
 
 * ``find(logits, targets, values, groups, num_classes, background, ignore_index, graded, ious, count, count_argument,
-  backend)``: reads the targets. ``logits`` are flat ``(N,)``. Returns ``positives``, the flat indices, int64 ``(P,)``
-  in input order; ``marks``, which logits are negatives (:class:`alrp_triton.backends.columns.Columns`), empty where the
-  targets can stand for themselves, dense and of one byte; then rows, the values of the rows, float64 ``(P,)``, their
-  groups (empty without groups), and ``order``. ``values`` are in input order; None: what graded targets hold, or 0.
+  process_group, backend)``: reads the targets. ``logits`` are flat ``(N,)``. Returns ``positives``, the flat indices,
+  int64 ``(P,)`` in input order; ``marks``, which logits are negatives
+  (:class:`alrp_triton.backends.columns.Columns`), empty where the targets can stand for themselves, dense and of one
+  byte; then rows, the values of the rows, float64 ``(P,)``, their groups (empty without groups), and ``order``.
+  ``values`` are in input order; None: what graded targets hold, or 0.
   Checks that the backend can run, what values the targets have, with ``ious`` that values are in range, and that
   ``count``, told by the argument that ``count_argument`` names, is right (:func:`alrp_triton.checks.check_marks`);
-  None: the host waits to learn it. ``graded``: dense targets are positive not only at 1 but from 0 to
-  ``formulas.MAX_GRADE``.
+  None: the host waits to learn it. What it refuses it tells the other processes of ``process_group`` ("": there are
+  none). ``graded``: dense targets are positive not only at 1 but from 0 to ``formulas.MAX_GRADE``.
 * ``count(rows, row_groups, logits, marks, num_classes, groups, delta, backend)``: ``false_positives``, FP_i = sum of
   H_ij over the negatives j, float64 ``(P,)``; and ``tables``, what the backend made of the rows and needs again in
   ``spread``.
@@ -57,7 +58,8 @@ from . import dispatch, distributed, stages
 
 def _find(
     logits: Tensor, targets: Tensor, values: Tensor | None, groups: Tensor | None, num_classes: int | None,
-    background: int, ignore_index: int, graded: bool, ious: bool, count: int | None, count_argument: str, backend: str,
+    background: int, ignore_index: int, graded: bool, ious: bool, count: int | None, count_argument: str,
+    process_group: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     found = torch.library.get_ctx().new_dynamic_size() if count is None else count
     positives = targets.new_empty(found, dtype=torch.int64)
@@ -125,7 +127,7 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 _OF_LOGITS = "Tensor logits, Tensor? marks, SymInt? num_classes, Tensor? groups"
 find = _define(
     "find(Tensor logits, Tensor targets, Tensor? values, Tensor? groups, SymInt? num_classes, SymInt background, "
-    "SymInt ignore_index, bool graded, bool ious, SymInt? count, str count_argument, str backend) "
+    "SymInt ignore_index, bool graded, bool ious, SymInt? count, str count_argument, str process_group, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     stages.find,
     _find,

@@ -37,13 +37,33 @@ def find(
     ious: bool,
     count: int | None,
     count_argument: str,
+    process_group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Reads the targets; ranks the positives."""
+    form = num_classes, background, ignore_index, graded
+    try:
+        return _find(logits, targets, values, groups, form, ious, count, count_argument, backend)
+    except (TypeError, ValueError) as error:
+        distributed.send_failure(process_group, error, targets.device)
+        raise
+
+
+def _find(
+    logits: Tensor,
+    targets: Tensor,
+    values: Tensor | None,
+    groups: Tensor | None,
+    form: tuple[int | None, int, int, bool],
+    ious: bool,
+    count: int | None,
+    count_argument: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_backend(backend, targets.device)
     if groups is not None and backend == "triton_tiled":
         raise ValueError("backend='triton_tiled' ranks one group: with groups use 'auto', 'triton' or 'triton_binned'")
-    kind, form = family(backend, targets), (num_classes, background, ignore_index, graded)
+    kind = family(backend, targets)
     if kind == "triton" and targets.numel() and logits.numel():
         return _find_by_triton(logits, targets, values, groups, form, ious, count, count_argument, backend)
     if ious and values is not None:
@@ -56,7 +76,7 @@ def find(
     check_marks(targets, *form, count, count_argument, found, (bad == 0, found == count))
     scores = logits.index_select(0, positives).double()
     if values is None:
-        values = targets.reshape(-1).index_select(0, positives) if graded else torch.zeros_like(scores)
+        values = targets.reshape(-1).index_select(0, positives) if form[-1] else torch.zeros_like(scores)
     of_rows = None
     if groups is not None:
         of_rows = groups.index_select(0, positives // max(logits.numel() // max(groups.numel(), 1), 1))
@@ -86,19 +106,21 @@ def _find_by_triton(
         values = values.contiguous()
     if count <= sorting.MAX_COUNT:
         given = found.grades if graded else values
-        rows, wide, row_groups, order, positives = sorting.rank(found.scores, given, groups, found, graded, ious)
+        rows, row_values, row_groups, order, positives = sorting.rank(found.scores, given, groups, found, graded, ious)
         in_range, *sound = found.status[2:].unbind()
     else:
         positives, by_place = found.places.sort(stable=True)
         scores, grades = (of.index_select(0, by_place) for of in (found.scores, found.grades))  # without grades 0
         groups = None if groups is None else groups.index_select(0, by_place)
-        rows, wide, row_groups, order = ranked(scores, grades if values is None else values.double(), groups, backend)
+        rows, row_values, row_groups, order = ranked(
+            scores, grades if values is None else values.double(), groups, backend
+        )
         in_range, sound = None, (found.status[1] == 0, found.status[0] == count)
     if ious and values is not None:
         check_ious(values, in_range)
     check_marks(targets, *form, count, count_argument, found.status[0], sound)
     marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
-    return positives, marks, rows, wide, row_groups, order
+    return positives, marks, rows, row_values, row_groups, order
 
 
 def gather_positives(
@@ -116,9 +138,9 @@ def gather_positives(
     def as_given(of_rows: Tensor) -> Tensor:
         return torch.empty_like(of_rows).index_copy_(0, order, of_rows)
 
-    own_groups = None if row_groups is None else as_given(row_groups)
+    local_groups = None if row_groups is None else as_given(row_groups)
     scores, values, groups, local_index = distributed.gather(
-        as_given(rows), as_given(values), own_groups, call, process_group
+        as_given(rows), as_given(values), local_groups, call, process_group
     )
     return *ranked(scores, values, groups, backend), local_index
 
@@ -188,11 +210,13 @@ def spread(
     """Gives each logit its part of the gradient."""
     columns = columns_of(logits, marks, num_classes, groups)
     if ranking_scale is not None and rows.numel() and logits.numel() and family(backend, rows) == "triton":
-        scaled = backend_module("triton_gradients").gradients_of(
+        gradients = backend_module("triton_gradients").gradients_of(
             grad_positives, ranking_scale, auxiliary_scale, values_scale, dtype, logits
         )
-        grad = products(rows, columns, backend).rmatvec(rows, row_groups, grad_per_fp, columns, delta, tables, scaled)
-        return grad.index_copy_(0, positives, scaled.grad_scores), scaled.grad_values
+        grad = products(rows, columns, backend).rmatvec(
+            rows, row_groups, grad_per_fp, columns, delta, tables, gradients
+        )
+        return grad.index_copy_(0, positives, gradients.grad_scores), gradients.grad_values
     grad_values = logits.new_empty(0, dtype=dtype)
     if values_scale is not None:
         grad_values = (grad_positives[2] * values_scale).to(dtype)

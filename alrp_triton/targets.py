@@ -91,7 +91,7 @@ def positives_of(
             asynchronous device assertion, for the host does not wait for the device.
     """
     flat = logits.detach().reshape(-1)
-    return operators.find(flat, targets.detach(), None, None, *form, False, count, count_argument, backend)[0]
+    return operators.find(flat, targets.detach(), None, None, *form, False, count, count_argument, "", backend)[0]
 
 
 def check_groups(logits: Tensor, groups: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """The backends, in three families: torch operations, numba on a CPU, Triton on a GPU.
 
-A backend is a module of each kind, whose functions :mod:`alrp_triton.dispatch` calls. Results are those of the
-operators that they serve (:mod:`alrp_triton.operators`), where NaN, groups and the order of rows are defined.
+A backend is a module of each kind, whose functions :mod:`alrp_triton.stages` and :mod:`alrp_triton.dispatch` call.
+Results are those of the operators that they serve (:mod:`alrp_triton.operators`), where NaN, groups and the order of
+rows are defined.
 
 * ``*_targets``: ``read(targets, num_classes, background, ignore_index, graded, count)``: positives and marks as
   ``find`` returns them (zeros in place of another number of positives than ``count``; no marks where targets stand for

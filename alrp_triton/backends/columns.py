@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 NONE = -1
@@ -27,3 +28,8 @@ class Columns(NamedTuple):
     def weights(self) -> Tensor | None:
         """The marks, if they are floats."""
         return self.marks if self.marks is not None and self.marks.is_floating_point() else None
+
+
+def working_dtype(columns: Tensor) -> torch.dtype:
+    """The dtype in which columns are compared: half precision is widened, float64 is kept."""
+    return torch.float64 if columns.dtype == torch.float64 else torch.float32

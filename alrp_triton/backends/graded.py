@@ -19,10 +19,8 @@ width. Pair by pair nothing is lost but what h itself is rounded by.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
+from .knots import Floats, Indices
 
 _DENSE = 400  # rows of the largest segment that is compared pair by pair
 _PAIRS = 1 << 16  # compared at once: temporaries stay in the cache

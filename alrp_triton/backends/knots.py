@@ -33,7 +33,7 @@ class Knots(NamedTuple):
     low: Floats  # (2P + 1,) finite; lower knot of a bin; in bin 0, which has none, the lowest of all
     rise: Indices  # (P,) table index from which row i takes part
     done: Indices  # (P,) table index from which row i has h = 1
-    at_rise: float  # a row's h at its own score: 1 for delta = 0, else 1/2
+    at_zero: float  # a row's h at its own score: 1 for delta = 0, else 1/2
     rate: Floats  # (P,) dh/dx between a row's knots; 0 where h jumps
     local: Floats  # (P,) a row's score relative to the origin of its bins
     offset: Floats  # (2P + 1,) lower knot relative to the origin of the bin; 0 where no row has a slope
@@ -56,8 +56,8 @@ class Knots(NamedTuple):
         shift = tilt * self.local
         slope[self.rise] = tilt
         slope[self.done] = -tilt
-        value[self.rise] = self.at_rise * weights - shift
-        value[self.done] = (1 - self.at_rise) * weights + shift
+        value[self.rise] = self.at_zero * weights - shift
+        value[self.done] = (1 - self.at_zero) * weights + shift
         slope = np.where(self.sloped, slope.cumsum(), 0.0)
         poison = self.poison + (weights * 0).sum()  # shows even below all knots
         return value.cumsum() + slope * self.offset + poison, slope
@@ -74,12 +74,7 @@ class Knots(NamedTuple):
         above = count[self.done]
         inside = count[self.rise] - above
         total = moment[self.rise] - moment[self.done]
-        return above + self.at_rise * inside + self.rate * (total - self.local * inside) + poison
-
-
-def working_dtype(columns: Tensor) -> torch.dtype:
-    """The dtype in which columns are compared: half precision is widened, float64 is kept."""
-    return torch.float64 if columns.dtype == torch.float64 else torch.float32
+        return above + self.at_zero * inside + self.rate * (total - self.local * inside) + poison
 
 
 def as_array(rows: Tensor) -> Floats:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..formulas import at_zero
 from . import threads
-from .columns import Columns
-from .knots import Floats, Indices, working_dtype
+from .columns import Columns, working_dtype
+from .knots import Floats, Indices
 from .numba_loops import count_columns, draw_lines, evaluate_columns, sum_up
 from .numba_streams import block_size, make_streams
 from .numba_tables import ZERO, most_cells

@@ -26,6 +26,7 @@ def _where(condition, this, that):
 
 
 _alrp, _precision_error, _rank_sort = map(jit, (formulas.alrp, formulas.precision_error, formulas.rank_sort))
+_at_zero = jit(formulas.at_zero)
 
 
 @jit
@@ -98,7 +99,7 @@ def _below(s, w, delta, out):
     """The transpose of the last of :func:`_among`: rows below, by h(0) what ties, and itself."""
     n = len(s)
     poison, of_weights = _finite(s, w)
-    at_zero = 0.5 if delta > 0 else 1.0
+    at_zero = _at_zero(delta)
     total = 0.0
     k = 0
     while k < n:
@@ -185,9 +186,8 @@ def _ap_terms(
             grad_per_fp[i] = 0.0 if negatives == 0 else error / negatives / n
 
 
-_MAX_PAIRWISE = (
-    2048  # rows of the largest segment that is compared pair by pair by grade; beyond, :mod:`.graded` is faster
-)
+# Rows of the largest segment that is compared pair by pair by grade; beyond, :mod:`.graded` is faster.
+_MAX_PAIRWISE = 2048
 
 
 @jit

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .columns import Columns
-from .knots import working_dtype
+from .columns import Columns, working_dtype
 from .numba_jit import jit
 from .segments import bounds_of
 

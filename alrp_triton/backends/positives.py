@@ -42,7 +42,7 @@ def among_rows(rows: Floats, values: Floats, bounds: Indices, delta: float) -> F
         bins = knots.values.searchsorted(s, "right")
         position = knots.positions(torch.from_numpy(s), torch.from_numpy(bins)).numpy()
         sums = [knots.sums(*(knots.by_bin(bins, u) for u in (w, w * position))) for w in (np.ones_like(v), v)]
-        return np.stack([*sums, _ranked(s, v, knots.at_rise)])
+        return np.stack([*sums, _ranked(s, v, knots.at_zero)])
 
     return _by_segment(of_segment, bounds, rows, values)
 

@@ -45,8 +45,8 @@ def _segments(
     begin, end = (torch.searchsorted(groups, of_rows, side=side).tolist() for side in ("left", "right"))
     for where, first, stop in zip(pairwise(bounds), begin, end, strict=True):
         those = slice(first, stop) if order is None else order[first:stop]
-        own = None if marks is None else marks.view(runs, -1)[those].view(-1)
-        yield slice(*where), those, Columns(values[those].view(-1), own, classes)
+        marked = None if marks is None else marks.view(runs, -1)[those].view(-1)
+        yield slice(*where), those, Columns(values[those].view(-1), marked, classes)
 
 
 def sum_by_segment(

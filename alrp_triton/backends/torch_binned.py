@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .columns import Columns
-from .knots import Floats, Indices, Knots, as_array, make_knots, working_dtype
+from .columns import Columns, working_dtype
+from .knots import Floats, Indices, Knots, as_array, make_knots
 from .segments import spread_by_segment, sum_by_segment, widened
 
 # Columns are processed this many at a time, so that the temporaries stay in the cache and do not grow with N.

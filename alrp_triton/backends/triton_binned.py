@@ -26,8 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_shared
-from .columns import Columns
-from .knots import working_dtype
+from .columns import Columns, working_dtype
 from .triton_gradients import PositiveGradients
 from .triton_layout import blocks
 from .triton_marks import FEW_CLASSES, LANES, clear, counted

@@ -15,6 +15,6 @@ def parts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> l
     Triton compiles a kernel again where an address is no longer, or not yet, divisible so: sizes change with P.
     """
     step = 16 // dtype.itemsize
-    lengths = [-(-size // step) * step for size in sizes]
+    lengths = [blocks(size, step) * step for size in sizes]
     whole = torch.empty(sum(lengths), dtype=dtype, device=device)
     return [part[:size] for part, size in zip(whole.split(lengths), sizes, strict=True)]

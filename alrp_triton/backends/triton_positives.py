@@ -1,8 +1,8 @@
 """The positives among themselves, and what a loss makes of its sums, in Triton.
 
-For aLRP and AP Loss all is one program, linear in P, by the prefix sums of :mod:`.triton_among`. Rank & Sort compares
-rows pair by pair, in float64 tiles: which are of lower grade is no matter of order. The formulas of
-:mod:`alrp_triton.formulas` are compiled as they stand there.
+For aLRP and AP Loss all is one program, linear in P, by the prefix sums of :mod:`.triton_among`; for Rank & Sort one
+more, of the sums that :mod:`.triton_graded` makes pair by pair. The formulas of :mod:`alrp_triton.formulas` are
+compiled as they stand there.
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportInvalidTypeForm=false

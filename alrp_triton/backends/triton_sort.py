@@ -103,14 +103,14 @@ def rank(
     ``found.status`` has room for: whether values are in the range of ``ious``, no target is bad, and all were found.
     """
     p, device = scores.numel(), scores.device
-    rows, wide = (torch.empty(p, dtype=torch.float64, device=device) for _ in range(2))
+    rows, row_values = (torch.empty(p, dtype=torch.float64, device=device) for _ in range(2))
     order, positives = (torch.empty(p, dtype=torch.int64, device=device) for _ in range(2))
     row_groups = torch.empty(0 if groups is None else p, dtype=torch.int64, device=device)
     places, status = (None, None) if found is None else (found.places, found.status)
     if p > 0 or found is not None:
         with torch.cuda.device_of(scores):
             order_kernel[(max(blocks(p, TILE["ROWS"]), 1),)](
-                scores, groups, places, values, status, rows, row_groups, order, positives, wide, p,
+                scores, groups, places, values, status, rows, row_groups, order, positives, row_values, p,
                 BY_PLACE=found is not None and not graded, IOUS=ious, num_warps=WARPS, **TILE,
             )  # fmt: skip
-    return rows, wide, row_groups, order, positives
+    return rows, row_values, row_groups, order, positives

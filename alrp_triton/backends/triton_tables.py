@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import Columns
-from .knots import working_dtype
+from .columns import Columns, working_dtype
 from .triton_layout import blocks
 from .triton_prefix import MAX_REGISTERS, is_finite, is_jump, load_row, narrowed
 

@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import Columns
-from .knots import working_dtype
+from .columns import Columns, working_dtype
 from .triton_gradients import PositiveGradients, scale_positives
 from .triton_layout import blocks, parts
 from .triton_marks import FEW_CLASSES, LANES, clear, counted

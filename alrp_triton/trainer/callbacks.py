@@ -13,9 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgres
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from .runs import BEST, LAST
 from .sampling import batches_had
-
-BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class KeepLast(Checkpoint):
@@ -113,7 +112,7 @@ class KeepBest(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = Path(str(self.dirpath), BEST)
-        if best.is_file():
+        if best.is_file() and state_dict["best_k_models"]:  # else it is of a run that was stopped before it knew one
             moved = {"dirpath": self.dirpath, "best_model_path": str(best), "kth_best_model_path": str(best)}
             scores = state_dict["best_k_models"].values()
             super().load_state_dict(state_dict | moved | {"best_k_models": dict.fromkeys([str(best)], *scores)})

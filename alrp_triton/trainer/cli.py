@@ -54,10 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if not isinstance(error, (UserError, MisconfigurationException, OSError)) and "lightning" not in raised_in:
             raise  # Lightning refuses arguments by a ValueError, but others are faults
         # Of a process that loads images comes the whole traceback, as the text of the error.
-        print(
-            f"error: {str(error).strip().splitlines()[-1].removeprefix(f'{UserError.__module__}.UserError: ')}",
-            file=sys.stderr,
-        )
+        said = str(error).strip() or type(error).__name__
+        print(f"error: {said.splitlines()[-1].removeprefix(f'{UserError.__module__}.UserError: ')}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}: try a lower --model.lr or a longer --model.warm_up", file=sys.stderr)

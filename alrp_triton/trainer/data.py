@@ -64,17 +64,17 @@ class CocoDataModule(LightningDataModule):
         super().__init__()
         if batch < 1 or workers < 0 or seed < 0:
             raise UserError(f"batch must be at least 1, workers and seed at least 0, got {batch}, {workers}, {seed}")
-        self.root, self.names, self.batch, self.workers, self.seed = Path(root), (train, val), batch, workers, seed
+        self.root, self.parts, self.batch, self.workers, self.seed = Path(root), (train, val), batch, workers, seed
         self.transforms = transforms if transforms is not None else [v2.RandomHorizontalFlip()] * flip
 
     @cached_property
     def training(self) -> CocoDetection:
         transform = v2.Compose(self.transforms) if self.transforms else None
-        return CocoDetection(find_part(self.root, self.names[0]), transform, self.seed)
+        return CocoDetection(find_part(self.root, self.parts[0]), transform, self.seed)
 
     @cached_property
     def held_out(self) -> CocoDetection:
-        return CocoDetection(find_part(self.root, self.names[1]))
+        return CocoDetection(find_part(self.root, self.parts[1]))
 
     @property
     def categories(self) -> dict[int, str]:
@@ -109,7 +109,7 @@ class CocoDataModule(LightningDataModule):
         files = [part.part.annotations for part in (self.training, self.held_out)]
         if files[0].samefile(files[1]):
             raise UserError(
-                f"the parts {' and '.join(map(repr, self.names))} to train and to evaluate on are both {files[0]}"
+                f"the parts {' and '.join(map(repr, self.parts))} to train and to evaluate on are both {files[0]}"
             )
         if self.training.coco.categories != self.held_out.coco.categories:
             raise UserError(f"{files[0]} and {files[1]} have other categories")

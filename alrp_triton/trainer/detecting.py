@@ -10,7 +10,6 @@ import yaml
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from .callbacks import BEST, LAST
 from .coco import find_part
 from .data import CocoDataModule
 from .dataset import CocoDetection, Images, collate
@@ -20,9 +19,9 @@ from .module import RankingDetector
 from .parsers import parser_of_run, value_ahead
 from .pictures import save_detections
 from .reports import OF_CATEGORY, prepare_file, print_rows, write_json
-from .runs import CONFIG, find_checkpoint, read_model
+from .runs import BEST, CONFIG, LAST, find_checkpoint, read_model
 
-_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _NOT_EVALUATED = "{}: this checkpoint is of before the first evaluation; take best.ckpt"
 
 
@@ -47,7 +46,7 @@ def validate(words: Sequence[str]) -> int:
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
     trainer.validate(model, datamodule=data, verbose=False)
     assert model.evaluation is not None
-    print_rows({data.names[1]: model.evaluation.overall}, tuple(model.evaluation.overall))
+    print_rows({data.parts[1]: model.evaluation.overall}, tuple(model.evaluation.overall))
     print_rows(model.evaluation.by_category, OF_CATEGORY, "category")
     if config.out:
         write_json(
@@ -135,7 +134,7 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"--images: there is no {path}")
-        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in _IMAGES) if path.is_dir() else [path]
+        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--images: no image in {path}")
         files += found

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import BEST, LAST, EvaluateAtEnd, History, KeepBest, KeepLast, Progress
+from .callbacks import EvaluateAtEnd, History, KeepBest, KeepLast, Progress
 from .data import CocoDataModule
 from .dataset import CocoDetection
 from .detectors import SMALL, load_weights, read_weights
@@ -23,7 +23,7 @@ from .module import RankingDetector
 from .parsers import Parser, value_ahead
 from .pictures import save_curves, save_detections
 from .reports import OF_CATEGORY, print_rows, write_json
-from .runs import CONFIG, find_checkpoint, read_checkpoint
+from .runs import BEST, CONFIG, LAST, find_checkpoint, read_checkpoint
 
 _SHOWN = 12  # pictures
 
@@ -54,15 +54,15 @@ class _Fit(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        last = config.out / LAST
         if config.patience is not None and config.patience < 1:
             raise UserError(f"--patience must be at least 1, got {config.patience}")
         if config.ema is not None and not 0 <= config.ema <= 1:
             raise UserError(f"--ema must be in 0..1, got {config.ema}")
         if config.out.exists() and not config.out.is_dir():
             raise UserError(f"--out {config.out} is no folder")
-        if last.exists() and not config.resume:
-            raise UserError(f"checkpoint {last}: --resume it, or take another --out")
+        for left in (config.out / LAST, config.out / BEST):
+            if left.exists() and not config.resume:
+                raise UserError(f"checkpoint {left}: --resume its run, or take another --out")
         if config.resume:
             read_checkpoint(find_checkpoint(config.out, LAST))
         self.tensors: dict[str, torch.Tensor] = {}

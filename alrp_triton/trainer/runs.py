@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from .callbacks import BEST, LAST
 from .errors import UserError, in_a_line
 from .module import RankingDetector
 
-CONFIG = "config.yaml"
+BEST, LAST, CONFIG = "best.ckpt", "last.ckpt", "config.yaml"
 
 
 def find_checkpoint(run: Path, *names: str) -> Path:

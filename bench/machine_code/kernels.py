@@ -103,7 +103,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
     counting = {"SHARED": shared, "THREADS": triton_shared.THREADS if shared else 0}
     counting |= {"BLOCK": triton_shared.BLOCK} if shared else {}
     count_warps = triton_shared.WARPS if shared else triton_binned.WARPS
-    shares = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
+    in_working = {"rows_ptr": "*{W}", "weights_ptr": "*{W}"}
     bytes_, one = {"CLASSES": 0}, {"bounds_ptr": None}  # marks of one byte; one group
     lanes = {"LANES": triton_marks.LANES}
     per_column = "column", triton_binned.BLOCK[working]
@@ -115,7 +115,7 @@ def kernels(target: str, columns: str) -> dict[str, Kernel]:
                 triton_tiled.matvec_kernel, forward[working] | flag, {}, triton_tiled.WARPS, "pair"
             ),
             f"tiled rmatvec{step}": Kernel(
-                triton_tiled.rmatvec_kernel, transpose | flag | lanes, shares, triton_tiled.WARPS, "pair"
+                triton_tiled.rmatvec_kernel, transpose | flag | lanes, in_working, triton_tiled.WARPS, "pair"
             ),
             f"tiled prepare{step}": Kernel(
                 triton_tiled.prepare_kernel,

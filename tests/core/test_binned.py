@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alrp_triton.backends import knots, numba_binned, numba_jit, numba_streams, torch_binned
+from alrp_triton.backends import knots, numba_binned, numba_streams, torch_binned
 from alrp_triton.backends.columns import Columns
 from reference import comparison_matrix
 from tests.support.compare import TOLERANCE, as_numpy, assert_near
@@ -123,19 +123,6 @@ def test_inference_mode(module: Products, dtype: torch.dtype) -> None:
         inside = columns.clone()
         assert torch.equal(module.matvec(rows, inside, None, 1.0), expected[0])
         assert torch.equal(module.rmatvec(rows, weights, inside, None, 1.0), expected[1])
-
-
-def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(x: int) -> int:
-        return 2 * x
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("no locator available")
-
-    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.enable_caching", refuse)
-    with pytest.warns(RuntimeWarning, match="twice anew in every process.*NUMBA_CACHE_DIR"):
-        compiled = numba_jit.jit(twice)
-    assert compiled(21) == 42
 
 
 def test_nan(module: Products) -> None:

@@ -265,7 +265,7 @@ def test_more_rows_than_are_sorted_by_counting(device: str, monkeypatch: pytest.
     def results() -> list[Tensor]:
         def found(targets: Tensor, values: Tensor | None, groups: Tensor | None, graded: bool) -> tuple[Tensor, ...]:
             form = None, 0, -1, graded
-            return stages.find(logits, targets, values, groups, *form, True, 40, "ious", "triton")
+            return stages.find(logits, targets, values, groups, *form, True, 40, "ious", "", "triton")
 
         return [
             *dispatch.sort_rows(numbers, "triton"),

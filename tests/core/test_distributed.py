@@ -3,6 +3,7 @@
 # pyright: reportPrivateUsage=false
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -136,8 +137,17 @@ def test_an_error_without_tensors_reaches_the_others(
     monkeypatch.setattr(distributed, "name_and_size", group_of)
     monkeypatch.setattr(distributed, "_group", group_of)
     monkeypatch.setattr(distributed, "_counts", tell)
-    distributed._send_failure(object(), "an error", torch.device(given))  # pyright: ignore[reportPrivateUsage]
+    error = ValueError("an error")
+    for process_group in ("", "a group", "a group"):  # nobody to tell; to be told; and known already
+        distributed.send_failure(process_group, error, torch.device(given))
     assert told == [torch.device(wanted)]
+
+
+def test_an_import_in_inference_mode() -> None:
+    """Leaves no tensor that no later step may write to."""
+    with torch.inference_mode():
+        imported = run_path(str(distributed.__file__))
+    assert not imported["COLLECTIVES"].is_inference()
 
 
 def test_one_process_is_a_group(tmp_path: Path) -> None:

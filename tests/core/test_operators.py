@@ -24,14 +24,14 @@ def every_stage(
         classes = None
     count = 15 if form == "classes" else 20
     values = torch.rand(count, device=device)
-    of_targets = logits, targets, values, groups, *how, True, count, "ious", backend
+    of_targets = logits, targets, values, groups, *how, True, count, "ious", "", backend
     yield ops.find, of_targets
-    positives, marks, rows, wide, row_groups, order = ops.find(*of_targets)
+    positives, marks, rows, row_values, row_groups, order = ops.find(*of_targets)
     marks, row_groups = targets.view(torch.uint8) if form == "bytes" else marks, row_groups if grouped else None
     of_logits = logits, marks, classes, groups
     yield ops.count, (rows, row_groups, *of_logits, delta, backend)
     false_positives, tables = ops.count(rows, row_groups, *of_logits, delta, backend)
-    of_terms = loss, rows, row_groups, wide, order, false_positives, delta, 1e-5, torch.float32, backend
+    of_terms = loss, rows, row_groups, row_values, order, false_positives, delta, 1e-5, torch.float32, backend
     yield ops.terms, of_terms
     ranking, auxiliary, _, grad_positives, grad_per_fp = ops.terms(*of_terms)
     for incoming in (
@@ -67,5 +67,5 @@ def test_operators_pass_opcheck_with_unknown_sizes(grouped: bool, backend: Backe
         if operator is not torch.ops.alrp_triton.count:  # it compares bits, and what is not used of the tables is any
             torch.library.opcheck(operator, arguments, test_utils=tests)
     unknown = torch.randn(100, device=device), torch.zeros(25, dtype=torch.int64, device=device), None, None
-    arguments = *unknown, 4, 4, -1, False, False, None, "num_positives", backend
+    arguments = *unknown, 4, 4, -1, False, False, None, "num_positives", "", backend
     torch.library.opcheck(torch.ops.alrp_triton.find, arguments, test_utils=tests[:2])

@@ -60,7 +60,7 @@ def test_import_is_light() -> None:
 
 
 def test_layers_import_one_way() -> None:
-    """backends <- dispatch <- operators <- autograd <- functional <- modules; nothing reaches up. Backends, too, have an order."""
+    """backends <- dispatch <- stages <- operators <- autograd <- functional <- modules; nothing reaches up. Backends, too, have an order."""
     order = ["formulas", "checks", "hints", "cost", "backends", "distributed", "dispatch", "stages", "operators", "comparison", "targets", "autograd", "functional", "boxes", "metrics", "balance", "modules", "integrations", "trainer", "compat", "__init__"]  # fmt: skip
     within = [
         "__init__", "columns", "threads", "segments", "knots", "graded", "positives", "torch_targets", "torch_binned", "numba_jit",
@@ -105,11 +105,11 @@ def test_layers_import_one_way() -> None:
             "detectors",
             "evaluation",
             "module",
+            "runs",
             "callbacks",
             "pictures",
             "parsers",
             "reports",
-            "runs",
             "fitting",
             "detecting",
             "cli",

@@ -302,7 +302,16 @@ def gives_up(rank: int, world: int) -> None:
         expect(
             ValueError, call, words if odd else f"rank {world - 1} of process_group gave up with an error: ValueError: "
         )
-    alrp_loss(logits, targets, values, **settings)
+    wanted = alrp_loss(logits, targets, values, **settings)
+    in_one_graph = torch.__version__ >= "2.10"
+    compiled = torch.compile(partial(alrp_loss, **settings), fullgraph=in_one_graph, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(logits, targets, values).rank, wanted.rank)
+        expect(
+            ValueError,
+            lambda: compiled(logits, targets + 77 if odd else targets, values),
+            "class-index targets must" if odd else f"rank {world - 1} of process_group gave up with an error: ",
+        )
 
 
 def skips_a_call(rank: int, world: int) -> None:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from alrp_triton.trainer import (
     find_part,
     fitting,
 )
+from alrp_triton.trainer.callbacks import KeepBest
 from alrp_triton.trainer.evaluation import Found
 from alrp_triton.trainer.sampling import batches_had
 from tests.support.coco_data import FAST, MARKS, Done, Lost, alrp_train, content, cut_short, data_set, fit, ignore, same
@@ -218,7 +219,20 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
     assert last(tmp_path / "kept")["global_step"] == 12
     refused = fit(scenes, out, **FAST)
     assert refused.status == 2
-    assert refused.error.endswith("last.ckpt: --resume it, or take another --out")
+    assert refused.error.endswith("last.ckpt: --resume its run, or take another --out")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "best.ckpt").write_bytes((out / "best.ckpt").read_bytes())
+    refused = fit(scenes, tmp_path / "half", **FAST)
+    assert refused.error.endswith("best.ckpt: --resume its run, or take another --out")
+
+
+def test_a_run_that_was_stopped_before_it_knew_a_best_one(tmp_path: Path) -> None:
+    """Between best.ckpt and last.ckpt: the last one is of before the first evaluation, and the next is the best so far."""
+    (tmp_path / "best.ckpt").touch()
+    keeper = KeepBest(tmp_path)
+    keeper.load_state_dict(KeepBest(tmp_path).state_dict())
+    assert keeper.best_k_models == {}
+    assert keeper.check_monitor_top_k(cast("Any", None), torch.tensor(0.1))
 
 
 @pytest.mark.usefixtures("without_pictures")
