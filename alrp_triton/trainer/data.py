@@ -101,6 +101,9 @@ class CocoDataModule(LightningDataModule):
             if not coco.annotated:
                 raise UserError(f"{coco.file} has no annotations {use}")
             part.check_images()
+        if self.trainer and len(self.held_out) < self.trainer.world_size:  # a process without one would not take part
+            seen = f"{len(self.held_out)} images in {self.held_out.coco.file}"
+            raise UserError(f"each of {self.trainer.world_size} processes needs an image to evaluate on, got {seen}")
         both = set.intersection(*({part.path(index) for index in range(len(part))} for part in parts))
         if stage == "fit" and both:
             rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
@@ -161,6 +164,7 @@ class CocoDataModule(LightningDataModule):
             "batch": self.batch,
             "seed": self.seed,
             "transforms": transforms,
+            "number of batches an epoch": self.steps_per_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Data sets of the trainer: files in COCO format and what is wrong with them, images, batches of a step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -302,3 +303,15 @@ def test_one_file_for_both_parts(tmp_path: Path) -> None:
     with said() as log:
         CocoDataModule(tmp_path, batch=2).setup("fit")
     assert "note: 4 images are in both parts" in log.getvalue()
+
+
+def test_more_processes_than_images_to_evaluate_on(tmp_path: Path) -> None:
+    """One of them would have nothing to do, and the others would wait for it."""
+    data = CocoDataModule(data_set(tmp_path, content(6)), batch=6)
+    for processes in (2, 3):
+        data.trainer = SimpleNamespace(global_rank=0, world_size=processes, limit_train_batches=1.0, overfit_batches=0)  # pyright: ignore[reportAttributeAccessIssue]
+        if processes == 2:
+            data.setup("fit")
+        else:
+            with pytest.raises(UserError, match=r"each of 3 processes needs an image to evaluate on, got 2 images in "):
+                data.setup("fit")

@@ -293,6 +293,10 @@ def test_the_learning_rate_of_a_lengthened_run(scenes: Path, tmp_path: Path) -> 
         (["--model.lr", "1"], "the checkpoint is of a run with other settings: lr 0.003 (now 1.0)"),
         (["--model.size", "64", "--seed", "1"], "other settings: size 48 (now 64), seed 0 (now 1)"),
         (["--data.batch", "3"], "the checkpoint is of a run with other batch 2 (now 3)"),
+        (
+            ["--trainer.limit_train_batches", "2"],
+            "the checkpoint is of a run with other number of batches an epoch 3 (now 2)",
+        ),
         (["--data.root", "OTHER_VAL"], "the checkpoint is of a run with other data to evaluate on than "),
         (["--data.root", "OTHER"], "the checkpoint is of a run with other data than "),
         (["--data.flip", "false"], "of a run with other transforms ['RandomHorizontalFlip(p=0.5)'] (now [])"),
