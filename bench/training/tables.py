@@ -60,6 +60,11 @@ def _paired(report: dict[str, Any]) -> str:
         "oLRP": lambda run: 100 * run["evaluations"][-1]["oLRP"],
         "correlation of score and IoU": lambda run: run["score_iou_correlation"],
     }
+    if "test" in base[0]:
+        quantities |= {
+            "second test: AP": lambda run: 100 * run["test"]["AP"],
+            "second test: correlation": lambda run: run["test"]["score_iou_correlation"],
+        }
     lines: list[list[str]] = []
     for name, runs in others:
         pairs = [(one, next(b for b in base if b["seed"] == one["seed"])) for one in runs]

@@ -139,6 +139,11 @@ def test_losses_are_compared_seed_by_seed() -> None:
         "-12.5 (-50.0 to +25.0)",
         "+0.125 (-0.250 to +0.500)",
     ]
+    for run in runs:
+        run["test"] = {"AP": run["score_iou_correlation"] / 2, "score_iou_correlation": -run["score_iou_correlation"]}
+    line = tables.render({"comparison": runs}, "paired").splitlines()[-1]
+    of_test = "+6.2 (-12.5 to +25.0)", "-0.125 (-0.500 to +0.250)"
+    assert [cell.strip() for cell in line.split("|")[-3:-1]] == [*of_test]
 
 
 def test_trees_are_trained_on_as_make_trees_does() -> None:
