@@ -120,7 +120,7 @@ def test_tables_and_plots(report: dict[str, Any], tmp_path: Path) -> None:
 
 def test_losses_are_compared_seed_by_seed() -> None:
     values = {"A": (0.5, 0.25), "B": (0.25, 0.75)}
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "loss": loss,
             "seed": seed,
