@@ -108,10 +108,9 @@ def columns_of(logits: Tensor, marks: Tensor | None, num_classes: int | None, gr
 
 
 def empty_tables(rows: Tensor, row_groups: Tensor | None, columns: Columns, backend: str) -> list[Tensor]:
-    """What a backend keeps of its rows from one product to the next, uninitialised; the same for a whole family."""
-    if backend == "triton_tiled":  # by name: where sizes choose between the two, tables are there for either
-        return []
-    module = backend_module(f"{family(backend, rows)}_binned")
+    """What a backend keeps of its rows from one product to the next, uninitialised."""
+    # Where sizes choose between two modules there are tables for either.
+    module = backend_module(_PRODUCTS.get(backend) or f"{family(backend, rows)}_binned")
     return module.empty_tables(rows, row_groups is not None, columns)
 
 

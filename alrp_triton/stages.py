@@ -41,47 +41,34 @@ def find(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Reads the targets; ranks the positives."""
-    form = num_classes, background, ignore_index, graded
     try:
-        return _find(logits, targets, values, groups, form, ious, count, count_argument, backend)
+        check_backend(backend, targets.device)
+        if groups is not None and backend == "triton_tiled":
+            raise ValueError(
+                "backend='triton_tiled' ranks one group: with groups use 'auto', 'triton' or 'triton_binned'"
+            )
+        kind, form = family(backend, targets), (num_classes, background, ignore_index, graded)
+        if kind == "triton" and targets.numel() and logits.numel():
+            return _find_by_triton(logits, targets, values, groups, form, ious, count, count_argument, backend)
+        if ious and values is not None:
+            check_ious(values)
+        read = backend_module(f"{'torch' if kind == 'triton' else kind}_targets").read
+        if count is None:
+            count = int(read(targets, *form, 0)[2][0])
+        positives, marks, status = read(targets, *form, count)
+        found, bad = status if status.is_cuda else status.tolist()
+        check_marks(targets, *form, count, count_argument, found, (bad == 0, found == count))
+        scores = logits.index_select(0, positives).double()
+        if values is None:
+            values = targets.reshape(-1).index_select(0, positives) if graded else torch.zeros_like(scores)
+        of_rows = None
+        if groups is not None:
+            of_rows = groups.index_select(0, positives // max(logits.numel() // max(groups.numel(), 1), 1))
+        marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
+        return positives, marks, *ranked(scores, values.double(), of_rows, backend)
     except (TypeError, ValueError) as error:
         distributed.send_failure(process_group, error, targets.device)
         raise
-
-
-def _find(
-    logits: Tensor,
-    targets: Tensor,
-    values: Tensor | None,
-    groups: Tensor | None,
-    form: tuple[int | None, int, int, bool],
-    ious: bool,
-    count: int | None,
-    count_argument: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_backend(backend, targets.device)
-    if groups is not None and backend == "triton_tiled":
-        raise ValueError("backend='triton_tiled' ranks one group: with groups use 'auto', 'triton' or 'triton_binned'")
-    kind = family(backend, targets)
-    if kind == "triton" and targets.numel() and logits.numel():
-        return _find_by_triton(logits, targets, values, groups, form, ious, count, count_argument, backend)
-    if ious and values is not None:
-        check_ious(values)
-    read = backend_module(f"{'torch' if kind == 'triton' else kind}_targets").read
-    if count is None:
-        count = int(read(targets, *form, 0)[2][0])
-    positives, marks, status = read(targets, *form, count)
-    found, bad = status if status.is_cuda else status.tolist()
-    check_marks(targets, *form, count, count_argument, found, (bad == 0, found == count))
-    scores = logits.index_select(0, positives).double()
-    if values is None:
-        values = targets.reshape(-1).index_select(0, positives) if form[-1] else torch.zeros_like(scores)
-    of_rows = None
-    if groups is not None:
-        of_rows = groups.index_select(0, positives // max(logits.numel() // max(groups.numel(), 1), 1))
-    marks = targets.new_empty(0, dtype=torch.uint8) if marks is None else marks
-    return positives, marks, *ranked(scores, values.double(), of_rows, backend)
 
 
 def _find_by_triton(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,19 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         )
         return numba.njit(**options)(function)
     if folder := compiled.stats.cache_path:
-        _drop_stale(Path(folder), function.__name__)
+        _drop_stale(folder)
     return compiled
 
 
-def _drop_stale(cache: Path, name: str) -> None:
-    """Drops what is older than a source.
+@cache
+def _drop_stale(folder: str) -> None:
+    """Drops what is older than a source; looked at once a process.
 
     numba looks at a function's own file, and its machine code has those of functions and constants of others in it: an
     edit there, or a change of branches, would leave the old values in force.
     """
     newest = max(source.stat().st_mtime_ns for source in SOURCES)
-    for index in cache.glob(f"*.{name}-*.nbi"):
+    for index in Path(folder).glob("*.nbi"):
         with suppress(FileNotFoundError):  # another process has dropped it
             if index.stat().st_mtime_ns < newest:
                 index.unlink()

@@ -208,6 +208,11 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or not isinstance(matvec_kernel, triton.JITFunction)
 
 
+def empty_tables(rows: Tensor, grouped: bool, columns: Columns) -> list[Tensor]:
+    """There are none."""
+    return []
+
+
 def fill_tables(tables: list[Tensor], rows: Tensor, row_groups: Tensor | None, columns: Columns, delta: float) -> None:
     """There are none."""
 

@@ -82,6 +82,11 @@ class CocoDataModule(LightningDataModule):
         return self.training.coco.categories
 
     @property
+    def _place(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    @property
     def steps_per_epoch(self) -> int:
         return self._sampler().epoch
 
@@ -101,9 +106,10 @@ class CocoDataModule(LightningDataModule):
             if not coco.annotated:
                 raise UserError(f"{coco.file} has no annotations {use}")
             part.check_images()
-        if self.trainer and len(self.held_out) < self.trainer.world_size:  # a process without one would not take part
+        _, processes = self._place
+        if len(self.held_out) < processes:  # one without an image would not take part
             seen = f"{len(self.held_out)} images in {self.held_out.coco.file}"
-            raise UserError(f"each of {self.trainer.world_size} processes needs an image to evaluate on, got {seen}")
+            raise UserError(f"each of {processes} processes needs an image to evaluate on, got {seen}")
         both = set.intersection(*({part.path(index) for index in range(len(part))} for part in parts))
         if stage == "fit" and both:
             rank_zero_info(f"note: {len(both)} images are in both parts, among them {min(both)}")
@@ -125,7 +131,7 @@ class CocoDataModule(LightningDataModule):
         self._sampler()
 
     def _sampler(self) -> EpochSampler:
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, processes = self._place
 
         def taken() -> int:
             return batches_had(self.trainer) if self.trainer else 0
@@ -140,7 +146,7 @@ class CocoDataModule(LightningDataModule):
         return self._loader(self.training, sampler, sampler.share.stop - sampler.share.start)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, processes = self._place
         share = range(rank, len(self.held_out), processes)
         return self._loader(self.held_out, share, max(self.batch // processes, 1))
 

@@ -130,6 +130,11 @@ class RankingDetector(LightningModule):
             self.detector.get_submodule("head.regression_head")._loss_type = of.box_loss
         return DetectorLoss()
 
+    def set_epoch(self, batches: int) -> None:
+        """How long one is, and so the period of the self-balancing, where ``period`` does not say it."""
+        self.batches_per_epoch = batches
+        self.losses.set_period(self.settings.period or batches)
+
     def setup(self, stage: str) -> None:
         """Checks the data, and tells the loss how long an epoch is, and which processes rank together."""
         data = getattr(self.trainer, "datamodule", None)
@@ -143,9 +148,8 @@ class RankingDetector(LightningModule):
             return
         if data is None:
             raise UserError("RankingDetector is trained on a CocoDataModule, which says how long an epoch is")
-        self.batches_per_epoch = data.steps_per_epoch
+        self.set_epoch(data.steps_per_epoch)
         self.images_per_step = data.batch * self.trainer.accumulate_grad_batches
-        self.losses.set_period(self.settings.period or self.batches_per_epoch)
         self.losses.set_process_group("world" if self.trainer.world_size > 1 else None)
 
     def check_sizes(self, data: CocoDetection | Images) -> None:

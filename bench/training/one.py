@@ -107,7 +107,7 @@ def time_all(study: str, folder: Path) -> dict[str, Any]:
     made = {loss: make(study, settings_of(study, loss, 1e-3, 0, turns + 3), folder) for loss in STUDIES[study].losses}
     optimizers = {loss: torch.optim.AdamW(model.parameters(), 1e-3) for loss, (model, _) in made.items()}
     for model, data in made.values():
-        model.losses.set_period(model.settings.period or data.steps_per_epoch)  # as a fit begins
+        model.set_epoch(data.steps_per_epoch)  # as a fit begins
     clocks = {loss: LossClock(model.detector) for loss, (model, _) in made.items()}
     _, data = next(iter(made.values()))
     seconds: dict[str, list[tuple[float, float]]] = {loss: [] for loss in made}
