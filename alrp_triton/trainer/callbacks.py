@@ -1,6 +1,7 @@
 """What Lightning's callbacks lack: the last checkpoint comes before what can fail; a history; images a second."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ class KeepLast(Checkpoint):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._gradients = []
         if threading.current_thread() is threading.main_thread():
+            self._says_so = trainer.is_global_zero
             self._before = signal.signal(signal.SIGINT, self._stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -54,6 +56,8 @@ class KeepLast(Checkpoint):
 
     def _stop(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._says_so:  # not by a stream, in which the signal may have interrupted a call
+            os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")
         signal.raise_signal(signal.SIGTERM)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -76,9 +80,10 @@ class KeepLast(Checkpoint):
         loop: Any = trainer.fit_loop.epoch_loop
         within = loop.batch_progress.total.started > loop.batch_progress.total.completed
         alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
-        if trainer.state.fn != "fit" or not trainer.training or within or not alone:
+        if trainer.state.fn != "fit" or within or not alone:
             return
-        if batches_had(trainer) > max(self._saved, 0):  # else the checkpoint is of here already
+        # In an evaluation the checkpoint is of here already.
+        if trainer.training and batches_had(trainer) > max(self._saved, 0):
             self._gradients = [one.grad for one in pl_module.parameters()] if loop._should_accumulate() else []
             self._save(trainer)
         if self.has_trained(trainer) and self.file.is_file():

@@ -25,11 +25,13 @@ def _without_noise() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for logger in ("utilities.rank_zero", "trainer.connectors.signal_connector"):
+        logging.getLogger(f"lightning.pytorch.{logger}").addFilter(_is_of_use)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Neither an advertisement, nor the name of a signal: a run that is stopped says so itself."""
+    return not any(words in record.getMessage() for words in ("litlogger", "Received SIGTERM"))
 
 
 COMMANDS = {"fit": fit, "validate": validate, "predict": predict}

@@ -1,6 +1,5 @@
 """The detectors: torchvision's, and a small RetinaNet for two CPU cores; and weights to begin with."""
 
-from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -72,13 +71,14 @@ class _SmallBackbone(nn.Module):
         self.out_channels = 48
         self.pyramid = FeaturePyramidNetwork(list(widths[1:]), self.out_channels)
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps images (B, 3, H, W) to the levels of the pyramid, finest first."""
-        features: OrderedDict[str, Tensor] = OrderedDict()
+        features: dict[str, Tensor] = {}  # of all but the first; in types that torch.jit.script knows
         for index, stage in enumerate(self.stages):
             images = stage(images)
-            features[str(index)] = images
-        return self.pyramid(OrderedDict(list(features.items())[1:]))
+            if index > 0:
+                features[str(index)] = images
+        return self.pyramid(features)
 
 
 def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,18 +89,20 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             such as ``"ResNet50_Weights.IMAGENET1K_V2"``, which torchvision downloads.
 
     Raises:
-        UserError: there is no such file or name, or it holds no weights.
+        UserError: there is no such file or name, it holds no weights, or it cannot be downloaded.
     """
     file = Path(source)
-    wrong = "cannot be read" if file.is_file() else "there is no such file, and none of this name at torchvision"
+    wrong = "there is no such file, and none of this name at torchvision"
     try:
+        if not file.is_file():
+            weights = torchvision.models.get_weight(source)
+            wrong = f"cannot be downloaded; fetch {weights.url} by other means, and give the file"
+            return dict(weights.get_state_dict(progress=True)), {}
+        wrong = "cannot be read"
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(file), {}
-        if not file.is_file():
-            weights = torchvision.models.get_weight(source)
-            return dict(weights.get_state_dict(progress=True)), {}
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: of unpickling, zip, json, the network
         raise UserError(f"weights {source}: {wrong}: {in_a_line(error)}") from error
@@ -109,6 +111,8 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = {n: t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, dict) else {}
+    if about.get("detector") in DETECTORS:  # a checkpoint of ours, with the state of the loss in it
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("losses.")}
     if not tensors:
         raise UserError(f"weights {source}: there are no tensors with names in it")
     return tensors, about
@@ -126,13 +130,21 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> str:
     for wrapper in ("module.", "_orig_mod.", "model.", "detector.") * 2:
         if sum(name.startswith(wrapper) for name in tensors) > len(tensors) / 2:
             tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
-    fits: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
+    fits: set[str] = set()
     for prefix in ("", "backbone.", "backbone.body."):
-        named = {prefix + name: value for name, value in tensors.items()}
-        fits = max(fits, {n: v for n, v in named.items() if n in own and own[n].shape == v.shape}, key=len)
+        these = {prefix + name: value for name, value in tensors.items()}
+        fit = {name for name, value in these.items() if name in own and own[name].shape == value.shape}
+        if len(fit) > len(fits):
+            named, fits = these, fit
     if not fits:
         raise UserError(
             f"none of {len(tensors)} weights, such as {next(iter(tensors))!r}, has a name and shape of this detector"
         )
-    model.load_state_dict(own | fits)
-    return f"begins with {len(fits)} of {len(tensors)} given tensors, of the detector's {len(own)}"
+    model.load_state_dict(own | {name: named[name] for name in fits})
+    said = f"begins with {len(fits)} of {len(tensors)} given tensors, of the detector's {len(own)}"
+    if left := [name for name in named if name not in fits]:
+        said += f"; left out, for want of a place or of its shape: {', '.join(left[:3])}{', ...' * (len(left) > 3)}"
+    if len(left) > len(tensors) / 4:
+        said += " (are these weights of another detector?)"
+    return said

@@ -26,6 +26,7 @@ from .reports import OF_CATEGORY, print_rows, write_json
 from .runs import BEST, CONFIG, LAST, find_checkpoint, read_checkpoint
 
 _SHOWN = 12  # pictures
+_MEMORY = 3400  # bytes a square of the shorter side, in a step of torchvision's RetinaNet in float32 on images of 4:3
 
 
 class _Fit(LightningCLI):
@@ -60,9 +61,9 @@ class _Fit(LightningCLI):
             raise UserError(f"--ema must be in 0..1, got {config.ema}")
         if config.out.exists() and not config.out.is_dir():
             raise UserError(f"--out {config.out} is no folder")
-        for left in (config.out / LAST, config.out / BEST):
-            if left.exists() and not config.resume:
-                raise UserError(f"checkpoint {left}: --resume its run, or take another --out")
+        for left, instead in ((LAST, "--resume its run"), (BEST, f"begin with it: --weights {config.out / BEST}")):
+            if (config.out / left).exists() and not config.resume:
+                raise UserError(f"checkpoint {config.out / left}: take another --out, or {instead}")
         if config.resume:
             read_checkpoint(find_checkpoint(config.out, LAST))
         self.tensors: dict[str, torch.Tensor] = {}
@@ -156,9 +157,13 @@ def _advise(config: Namespace, trainer: Trainer) -> None:
             "note: the weights are random, and published schedules expect a backbone of ImageNet's: "
             "--weights ResNet50_Weights.IMAGENET1K_V2, or a file"
         )
-    if trainer.strategy.root_device.type == "cpu" and config.model.size**2 * config.data.batch > 10**6:
+    pixels = config.model.size**2 * config.data.batch
+    if trainer.strategy.root_device.type == "cpu" and pixels > 10**6:
+        needed = (
+            "" if config.model.detector == SMALL else f", and take some {pixels * _MEMORY / 2**30:.0f} GiB of memory"
+        )
         rank_zero_info(
-            f"note: {config.data.batch} images of size {config.model.size} are a long step on a CPU: "
+            f"note: {config.data.batch} images of size {config.model.size} are a long step on a CPU{needed}: "
             "--data.batch, --model.size and --model.detector retinanet_small make it shorter"
         )
 

@@ -210,6 +210,12 @@ class RankingDetector(LightningModule):
         Where a run is lengthened its first learning rate is that of the longer run, too.
         """
         self.train()
+        warm_up, steps = self.settings.warm_up, self.total_steps
+        if 2 * warm_up > steps:
+            rank_zero_info(
+                f"note: the learning rate rises for {warm_up} steps, and the run has {steps}: it will learn little; "
+                "lower model.warm_up or lengthen the run"
+            )
         for scheduler in (one.scheduler for one in self.trainer.lr_scheduler_configs):
             if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
                 columns = (scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas)

@@ -465,11 +465,18 @@ def test_a_run_begins_with_weights(finished: Path, scenes: Path, tmp_path: Path)
     weights.write_bytes((finished / "best.ckpt").read_bytes())
     done = fit(scenes, tmp_path / "run", "--weights", weights, **FAST)
     assert done.status == 0
-    assert re.search(r"weights\.ckpt: begins with (\d+) of \d+ given tensors, of the detector's \1\n", done.log)
+    assert re.search(r"weights\.ckpt: begins with (\d+) of \1 given tensors, of the detector's \1\n", done.log)
     weights.unlink()
     done = alrp_train("fit", "--out", tmp_path / "run", "--resume", "--trainer.max_epochs", 3)
     assert done.status == 0
     assert read(tmp_path / "run" / "metrics.json")["step"] == 9
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_that_is_warm_up_alone(scenes: Path, tmp_path: Path) -> None:
+    done = fit(scenes, tmp_path / "run", model__warm_up=500, trainer__max_epochs=2)
+    assert done.status == 0
+    assert "note: the learning rate rises for 500 steps, and the run has 6: it will learn little" in done.log
 
 
 @pytest.mark.usefixtures("without_pictures")

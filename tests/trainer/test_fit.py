@@ -141,6 +141,27 @@ def test_a_step_that_is_broken_off_is_taken_once(how: str, scenes: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_a_run_that_is_stopped_in_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C, between two batches: it says from where."""
+    scenes = data_set(tmp_path / "scenes", content(6), content(4, "val{}.png"))
+    assert fit(scenes, tmp_path / "whole", **FAST).status == 0
+    interrupt, before = signal.getsignal(signal.SIGINT), RankingDetector.validation_step
+
+    def step(self: RankingDetector, batch: Any, batch_idx: int) -> None:
+        before(self, batch, batch_idx)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RankingDetector, "validation_step", step)
+        done = fit(scenes, tmp_path / "run", **FAST)
+    signal.signal(signal.SIGINT, interrupt)
+    assert done.status == 143
+    assert f"stopped at step 3: {tmp_path / 'run' / 'last.ckpt'} goes on from there with --resume" in done.log
+    assert alrp_train("fit", "--out", tmp_path / "run", "--resume").status == 0
+    assert_ends_alike(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_run_that_dies_in_evaluation_goes_on(scenes: Path, tmp_path: Path) -> None:
     """A held-out image whose header can be read: the epoch before is not lost, and the file is named."""
     folder = copytree(scenes, tmp_path / "scenes")
@@ -219,11 +240,16 @@ def test_a_finished_run(finished: tuple[Path, Done], scenes: Path, tmp_path: Pat
     assert last(tmp_path / "kept")["global_step"] == 12
     refused = fit(scenes, out, **FAST)
     assert refused.status == 2
-    assert refused.error.endswith("last.ckpt: --resume its run, or take another --out")
+    assert refused.error.endswith("last.ckpt: take another --out, or --resume its run")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "best.ckpt").write_bytes((out / "best.ckpt").read_bytes())
+    best = tmp_path / "half" / "best.ckpt"  # alone: what --resume goes on from is last.ckpt
+    assert fit(scenes, tmp_path / "half", "--resume", **FAST).error.endswith(
+        f"no checkpoint {best.with_name('last.ckpt')}"
+    )
     refused = fit(scenes, tmp_path / "half", **FAST)
-    assert refused.error.endswith("best.ckpt: --resume its run, or take another --out")
+    assert refused.error.endswith(f"checkpoint {best}: take another --out, or begin with it: --weights {best}")
+    assert fit(scenes, tmp_path / "another", "--weights", best, **FAST).status == 0
 
 
 def test_a_run_that_was_stopped_before_it_knew_a_best_one(tmp_path: Path) -> None:

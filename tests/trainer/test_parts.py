@@ -2,7 +2,9 @@
 
 # pyright: reportPrivateUsage=false
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alrp_triton.integrations.torchvision import plain_copy
 from alrp_triton.trainer import CocoDataModule, RankingDetector, UserError, fitting
 from alrp_triton.trainer.detectors import load_weights, read_weights
 from alrp_triton.trainer.pictures import save_curves, save_detections
@@ -220,8 +223,43 @@ def test_weights_of_another_shape_are_left_out(tmp_path: Path) -> None:
     source = RankingDetector({1: "cat"}, "retinanet_small", size=48, seed=1).detector
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     said = load_weights(make().detector, read_weights(str(tmp_path / "weights.pt"))[0])
-    total = len(source.state_dict())
-    assert said == f"begins with {total - 2} of {total} given tensors, of the detector's {total}"
+    total, last = len(source.state_dict()), "head.classification_head.cls_logits"
+    counts = f"begins with {total - 2} of {total} given tensors, of the detector's {total}"
+    assert said == f"{counts}; left out, for want of a place or of its shape: {last}.weight, {last}.bias"
+
+
+def test_weights_of_another_detector_are_a_question() -> None:
+    model = make().detector
+    some = dict(list(model.state_dict().items())[:6])
+    said = load_weights(model, some | {f"decoder.{name}": value for name, value in some.items()})
+    assert "begins with 6 of 12 given tensors" in said
+    assert said.endswith(", ... (are these weights of another detector?)")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is right, and the message says from where to fetch them."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded; fetch https://\S+\.pth by other means.*no route"
+    ) as seen:
+        read_weights("RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1")
+    assert "none of this name" not in str(seen.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.* always returns a .* in scripting")
+def test_the_small_detector_is_exported_as_those_of_torchvision() -> None:
+    """As docs/trainer.md has it."""
+    model = make().train(False)
+    images = [torch.rand(3, 60, 48), torch.rand(3, 40, 64)]
+    scripted: Any = torch.jit.script(plain_copy(model.detector))
+    with torch.no_grad():
+        for ours, theirs in zip(model(images), scripted(images)[1], strict=True):
+            assert len(ours["scores"]) > 0
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "text", "a list", "no tensors", "other names", "broken"])
@@ -311,3 +349,17 @@ def test_detections_are_drawn(count: int, tmp_path: Path) -> None:
     for name in ("$x_1$", "$$", "a$b_{$", "\n"):
         save_detections((pictures * 2)[:count], [name], tmp_path / "detections.png")
     assert (tmp_path / "detections.png").stat().st_size > 1000
+
+
+def test_what_is_long_and_large_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    """32 images of 500 x 667 took 3.71 - 2.11 GiB for two more: 26 in all. The kernel kills what takes too much."""
+    caplog.set_level("INFO")
+    data, model = SimpleNamespace(batch=32), SimpleNamespace(detector="retinanet_resnet50_fpn_v2", size=500)
+    config: Any = SimpleNamespace(weights="some", resume=False, data=data, model=model)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    fitting._advise(config, trainer)
+    assert "32 images of size 500 are a long step on a CPU, and take some 25 GiB of memory: " in caplog.text
+    caplog.clear()
+    data.batch = 2
+    fitting._advise(config, trainer)
+    assert caplog.text == ""

@@ -58,6 +58,8 @@ def test_a_process_that_is_stopped_goes_on(name: str, tmp_path: Path) -> None:
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
     assert "stopped at step 5: " in done.stderr
+    assert "Received SIGTERM" not in done.stderr  # which nobody sent by Ctrl-C
+    assert ("stopping after this step" in done.stderr) == (name == "SIGINT")
     assert alrp_train("fit", "--out", tmp_path / "run", "--resume").status == 0
     assert fit(folder, tmp_path / "whole", **FAST).status == 0
     states = [torch.load(tmp_path / out / "last.ckpt", weights_only=True) for out in ("run", "whole")]
