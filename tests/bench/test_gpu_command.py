@@ -1,9 +1,6 @@
 """`python -m bench gpu`: two runs compared, the command line, what it imports."""
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,6 @@ from bench import __main__ as command
 from bench import diff
 from bench.gpu import results
 from bench.gpu.work import Record
-from tests.conftest import ROOT
-
-needs_torchvision = pytest.mark.skipif(not find_spec("torchvision"), reason="focal loss is torchvision's")
 
 
 def report_of(device: str, ms: float, passed: bool = True) -> Record:
@@ -78,15 +72,3 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
             command.main(wrong)
     assert command.main(["show", str(command.RESULTS / "cpu.json")]) == 0
     assert "## anchors" in capsys.readouterr().out
-
-
-@needs_torchvision
-def test_the_training_asks_for_no_lightning() -> None:
-    pytest.importorskip("sklearn")
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(('lightning', 'torchmetrics', 'faster_coco_eval')));"
-        "from bench.gpu import training; from bench.gpu.work import Context;"
-        "print([one['falls'] for one in training._train(Context(True, 60.0))])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "[True, True]\n", done.stderr
