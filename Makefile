@@ -19,14 +19,10 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 help:  ## List the targets
 	@grep -E '^[a-z0-9.-]+:.*##' Makefile | sed -E 's/:.*##/\t/'
 
-DIGITS := --model.detector retinanet_small --model.size 128 --data.batch 8 --data.flip false --data.workers 0
-BUDGET := --trainer.max_steps 400 --trainer.val_check_interval 0.5 --model.optimizer adamw --model.lr 3e-3 \
-  --model.warm_up 50 --model.schedule cosine --model.period 50
-
 demo: .venv/.demo  ## Write scenes of handwritten digits in COCO format, train a RetinaNet with aLRP Loss; see demo/
 	rm -rf demo
 	$(RUN) -m examples.digits demo/data
-	$(RUN) -m alrp_triton.trainer fit --data.root demo/data --out demo $(DIGITS) $(BUDGET) --evaluate_first --goal 0.7
+	$(RUN) -m alrp_triton.trainer fit --config examples/digits.yaml --data.root demo/data --out demo --evaluate_first --goal 0.7
 
 test: .venv/.dev .venv/.detectors  ## Run the test suite (Triton's interpreter and compiler; a GPU if there is one)
 	$(RUN) -m pytest $(WORKERS) $(PYTEST)

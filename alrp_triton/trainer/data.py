@@ -37,7 +37,7 @@ class CocoDataModule(LightningDataModule):
     """A data set in COCO format: ``root/annotations/instances_train2017.json``, ``root/train2017``, and so ``val``.
 
     Args:
-        root: its folder, see :func:`alrp_triton.trainer.coco.find_part`.
+        root: its folder, laid out like COCO, or as Roboflow does.
         train: name of the part to train on.
         val: name of the part to evaluate on.
         batch: images a step, of all processes together.

@@ -46,7 +46,7 @@ def validate(words: Sequence[str]) -> int:
     trainer = Trainer(accelerator=config.accelerator, devices=1, logger=False, enable_checkpointing=False)
     trainer.validate(model, datamodule=data, verbose=False)
     assert model.evaluation is not None
-    print_rows({data.parts[1]: model.evaluation.overall}, tuple(model.evaluation.overall))
+    print_rows({data.parts[1]: model.evaluation.overall}, tuple(model.evaluation.overall), "oLRP: less is better")
     print_rows(model.evaluation.by_category, OF_CATEGORY, "category")
     if config.out:
         write_json(

@@ -92,7 +92,7 @@ class _Fit(LightningCLI):
         save_config = LambdaCallback(on_train_start=self._save_config)
         callbacks: list[Any] = [self.history, EvaluateAtEnd(), KeepBest(out), self.last, save_config]
         if given.trainer.enable_progress_bar is not False:
-            callbacks.append(Progress())
+            callbacks.append(Progress(refresh_rate=1 if sys.stdout.isatty() else 50))  # a file keeps each state of it
         if config.ema is not None:
             callbacks.append(EMAWeightAveraging(decay=config.ema))
         if config.patience is not None:
@@ -178,6 +178,7 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
     print_rows(
         {name: row for name, row in named.items() if row},
         ("AP", "AP50", "AP75", "oLRP", "oLRP_loc", "oLRP_FP", "oLRP_FN"),
+        "oLRP: less is better",
     )
     print_rows(model.evaluation.by_category, OF_CATEGORY, f"step {last['step']}, category")
     result = {"settings": dict(model.settings), "step": trainer.global_step, "images": len(model.found)}
@@ -190,8 +191,19 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
     _draw(_save_found, model, data.held_out, config.out / "detections.png")
     if len(model.found) < len(data.held_out):
         print(f"note: evaluated on {len(model.found)} of {len(data.held_out)} images", file=sys.stderr)
-    names = (BEST, LAST, "metrics.json", "detections.json", "curves.png", "detections.png", "logs", "tensorboard")
+    names = (
+        BEST,
+        LAST,
+        "metrics.json",
+        "detections.json",
+        "curves.png",
+        "detections.png",
+        CONFIG,
+        "logs",
+        "tensorboard",
+    )
     print(f"in {config.out}/: {', '.join(name for name in names if (config.out / name).exists())}")
+    print(f"to detect: alrp-train predict --run {config.out} --threshold optimal --images FOLDER")
     ap50 = last["AP50"]
     if config.goal is not None and not ap50 >= config.goal:
         print(f"AP50 ended at {ap50:.3f}, below {config.goal}", file=sys.stderr)

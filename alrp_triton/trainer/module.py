@@ -30,17 +30,19 @@ and ATSS), and torchvision's own."""
 class RankingDetector(LightningModule):
     """A detector with its loss, optimizer and schedule, and its evaluation.
 
+    ``self.detector`` is the model of torchvision; its labels begin at ``first_label``.
+
     Args:
         categories: names by id, in the order of the labels; with ``alrp-train`` those of the data.
         detector: one of torchvision's RetinaNet, FCOS and Faster R-CNN, by its name there, or ``retinanet_small``.
-        loss: ``torchvision`` is the detector's own.
+        loss: by its name; ``torchvision`` is the detector's own.
         box_loss: other than that of the loss' paper; ``l1`` or ``giou`` with torchvision's RetinaNet.
         box_weight: a constant in place of the balance of the loss' paper.
         box_coder: deviations of the box deltas, the papers' or torchvision's; None: the papers' with a ranking loss,
             where the detector has any.
         warm_start: steps with torchvision's own loss, from which a ranking loss takes over in as many more.
         initial_weight: of aLRP's box loss until its balance is known; ``auto`` to fine-tune.
-        assignment: of RetinaNet's anchors.
+        assignment: of RetinaNet's anchors, by IoU or by ATSS.
         size: shorter side that images are resized to.
         optimizer: SGD with momentum, as published, or AdamW.
         lr: learning rate after the warm-up; None: the published one times images a step / 32, 1e-3 for ``adamw``.
@@ -52,7 +54,6 @@ class RankingDetector(LightningModule):
         seed: of weights, and of what a detector draws in a step.
 
     Attributes:
-        detector: the model of torchvision; its labels begin at ``first_label``.
         evaluation: the last one; ``found`` are its detections.
         thresholds: of each category by name the score from which on detections give the least LRP, by the last
             evaluation, which may be that of the checkpoint; empty before the first.

@@ -1,6 +1,7 @@
 """What the commands' options have in common."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from .errors import UserError
 
 USAGE = """\
 Trains a detector of torchvision with a ranking loss on data in COCO format, evaluates it, and detects with it.
-
-::
 
     alrp-train fit --data.root DIR --out RUN          trains; ends with AP, oLRP and thresholds by category
     alrp-train fit --out RUN --resume                 goes on where RUN stopped, with its settings
@@ -34,7 +33,12 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         of_ours: dict[str, Any] = {"description": USAGE, "formatter_class": _Help, "allow_abbrev": False}
-        super().__init__(*args, **of_ours | options)
+        super().__init__(*args, **of_ours | {"usage": "%(prog)s [--OPTION VALUE ...]"} | options)
+
+    def format_help(self) -> str:
+        """Our own options before the many of Lightning's Trainer; texts from docstrings without their marks."""
+        self._action_groups.sort(key=lambda group: any(one.dest == "trainer" for one in group._group_actions))
+        return re.sub(r":\w+:`([^`]*)`|``", r"\1", super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         lines = [line.strip() for line in message.splitlines() if line.strip()]

@@ -146,17 +146,22 @@ def test_losses_are_compared_seed_by_seed() -> None:
     assert [cell.strip() for cell in line.split("|")[-3:-1]] == [*of_test]
 
 
-def test_trees_are_trained_on_as_make_trees_does() -> None:
-    settings = yaml.safe_load((ROOT / "examples" / "trees.yaml").read_text())
-    study = studies.STUDIES["trees"]
+@pytest.mark.parametrize("name", ["digits", "trees"])
+def test_examples_are_trained_on_as_the_studies_do(name: str) -> None:
+    """``make demo`` and ``make trees``."""
+    settings = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
+    study = {**studies.STUDIES, "digits": _DIGITS}[name]  # here digits are TINY
     assert settings["trainer"]["max_steps"] == study.steps
-    assert settings["trainer"]["val_check_interval"] == study.steps // study.evaluations
+    if name == "trees":
+        assert settings["trainer"]["val_check_interval"] == study.steps // study.evaluations
     model, data = settings["model"], settings["data"]
     assert {"period": None, **{key: value for key, value in model.items() if key != "lr"}} == study.model
     assert (data["batch"], data["workers"]) == (study.batch, 0)
     asked = [
-        getattr(v2, one["class_path"].rpartition(".")[2])(**one.get("init_args", {})) for one in data["transforms"]
+        getattr(v2, one["class_path"].rpartition(".")[2])(**one.get("init_args", {}))
+        for one in data.get("transforms", [])
     ]
+    assert asked or data["flip"] is False
     assert list(map(repr, asked)) == list(map(repr, studies.DATA[study.data].transforms))
 
 

@@ -64,6 +64,14 @@ def test_help() -> None:
         done = alrp_train(command, "--help")
         assert done.status == 0
         assert "--config" in done.out
+        assert done.out.startswith(f"usage: alrp-train {command} [--OPTION VALUE ...]\n")
+        assert not re.search(r":\w+:`|``", done.out)  # marks of docstrings
+    ours, lightnings = (
+        done.out.index(one)
+        for done in [alrp_train("fit", "--help")]
+        for one in ("--data.root", "--trainer.max_epochs MAX")
+    )
+    assert ours < lightnings
 
 
 @pytest.mark.parametrize(
