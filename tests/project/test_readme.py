@@ -52,13 +52,13 @@ def test_the_first_examples_run() -> None:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_examples_of_the_docs_run(page: Path) -> None:
     """One after the other, in one place."""
-    if page.stem == "metrics":
+    if page.stem in ("metrics", "training"):
         pytest.importorskip("torchmetrics")
         pytest.importorskip("faster_coco_eval")
         pytest.importorskip("sklearn")
     if page.stem == "lightning":
         pytest.importorskip("lightning")
-    if page.stem in ("index", "integrations", "lightning"):
+    if page.stem in ("index", "integrations", "lightning", "training"):
         pytest.importorskip("torchvision.ops", exc_type=ImportError)
     names: dict[str, object] = {}
     for code in examples(page.read_text()):
