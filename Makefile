@@ -117,6 +117,7 @@ clean:  ## Remove all that was made here
 	@touch $@
 
 .venv/.%: pyproject.toml | .venv/bin/python
+	@echo "installing what $* needs into .venv: minutes, the first time"
 	$(RUN) $(PIP) --editable ".[$*]"
 	@touch $@
 
