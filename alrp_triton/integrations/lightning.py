@@ -23,9 +23,9 @@ class LogRankingLoss(Callback):
     - ``NAME/box_error``: the mean of 1 - GIoU (or smooth L1) of the positives, which falls as boxes improve, where the
       ranked localisation loss depends on the ranks, too;
     - ``NAME/gradient_balance``: the sum of the gradients that pull scores up, by that of those that push scores down.
-      1 in every step of any of the losses (NaN without positives); something between the loss and the logits that
-      treats them apart, such as a clip of their gradients, shows here. With a process group the sums over all processes
-      are equal, and one process' share of them is not.
+      1 in every step of any of the losses, to the rounding of the logits' dtype (NaN without positives); something
+      between the loss and the logits that treats them apart, such as a clip of their gradients, shows here. With a
+      process group the sums over all processes are equal, and one process' share of them is not.
 
     The losses are found among the submodules: assign what ``use_ranking_loss`` returns to an attribute, which puts the
     state of the self-balancing into Lightning's checkpoints, too.
@@ -56,7 +56,8 @@ class LogRankingLoss(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._balance.clear()
         every = trainer.log_every_n_steps  # 0: never
-        if every and (trainer.global_step + 1) % every == 0:  # as Lightning counts
+        # As Lightning counts: steps of two optimisers in a batch are one.
+        if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
             self._find(pl_module)
             self._watching = [
                 loss.register_forward_pre_hook(self._watch(name), with_kwargs=True)

@@ -143,23 +143,20 @@ class FCOSHead(DenseHead):
 
     def put_in(self) -> None:
         super().put_in()
-        self.trained = [parameter for parameter in self._centreness() if parameter.requires_grad]
-        for parameter in self.trained:
-            parameter.requires_grad_(False)
+        layer = self.part.regression_head.bbox_ctrness
+        self.trained = [name for name, value in layer.named_parameters() if value.requires_grad]
+        layer.requires_grad_(False)
 
     def take_out(self) -> None:
         super().take_out()
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
+        for name in self.trained:  # not the parameters, which may have been replaced since
+            self.part.regression_head.bbox_ctrness.get_parameter(name).requires_grad_(True)
 
     def make_plain(self) -> None:
         super().make_plain()
         layer: nn.Conv2d = self.part.regression_head.bbox_ctrness
         for name, value in (("weight", 0.0), ("bias", _CERTAIN)):
             setattr(layer, name, nn.Parameter(torch.full_like(getattr(layer, name), value), requires_grad=False))
-
-    def _centreness(self) -> list[nn.Parameter]:
-        return list(self.part.regression_head.bbox_ctrness.parameters())
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
         outputs = self.original("forward", features)

@@ -98,7 +98,7 @@ def optimal_lrp(
         ground truths all is NaN.
     """
     curve = lrp_curve(scores, is_tp, ious, num_truths, tau=tau)
-    if num_truths == 0 or not np.any(is_tp):
+    if num_truths == 0 or not np.any(np.asarray(is_tp)):
         return _nothing_found(num_truths, math.nan)
     return _point(curve, int(np.argmax(curve.lrp <= curve.lrp.min() + ROUNDING)))
 
@@ -108,23 +108,28 @@ def lrp_at(
     is_tp: ArrayLike,
     ious: ArrayLike,
     num_truths: int,
-    score_threshold: float,
+    score_threshold: float | NDArray[np.float64],
     *,
     tau: float = TAU,
 ) -> LRPErrors:
     """LRP of a class when detections of a score of at least ``score_threshold`` are kept; else as :func:`lrp_curve`.
+
+    ``score_threshold`` may be 0-d, as :func:`optimal_lrp` gives it.
 
     Returns:
         0-d arrays; ``threshold`` is ``score_threshold``. If nothing is kept, as with a threshold of NaN, LRP and the
         false negative component are 1, the others NaN. Without ground truths all is NaN but the threshold.
     """
     curve = lrp_curve(scores, is_tp, ious, num_truths, tau=tau)
+    if isinstance(score_threshold, np.ndarray) and score_threshold.ndim == 0:
+        score_threshold = score_threshold.item()
     if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
         raise TypeError(f"score_threshold must be a real number, got {type(score_threshold).__name__}")
-    kept = int(np.count_nonzero(curve.threshold >= score_threshold))
+    least = float(score_threshold)
+    kept = int(np.count_nonzero(curve.threshold >= least))
     if num_truths == 0 or kept == 0:
-        return _nothing_found(num_truths, score_threshold)
-    return _point(curve, kept - 1)._replace(threshold=np.array(score_threshold, np.float64))
+        return _nothing_found(num_truths, least)
+    return _point(curve, kept - 1)._replace(threshold=np.array(least, np.float64))
 
 
 def _point(curve: LRPErrors, index: int) -> LRPErrors:

@@ -1,9 +1,6 @@
 """What Lightning's callbacks lack: the last checkpoint comes before what can fail; a history; images a second."""
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgres
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from .errors import refuse_others
 from .runs import BEST, LAST
 from .sampling import batches_had
 
@@ -21,20 +19,29 @@ from .sampling import batches_had
 class KeepLast(Checkpoint):
     """Writes ``last.ckpt`` before and after each evaluation, after each epoch, and when training is stopped.
 
-    Never within a step, which is taken again: what it has changed already would be changed twice. So Ctrl-C stops as
-    SIGTERM does, after the step; a second one at once. Not where one process of several fails, for the others are not
-    asked then.
+    Not where one process of several fails, for the others are not asked then; nor in Lightning's ``fast_dev_run``.
+
+    Args:
+        folder: of the run.
+        ema: decay of the average of the weights, None without one. With it ``last.ckpt`` has the average in the place
+            of the weights, so neither goes on from a checkpoint of the other.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ema: float | None = None) -> None:
         self.file = folder / LAST
+        self._settings: dict[str, Any] = {"ema": ema}
         self._saved, self._gradients = -1, list[Any]()
         self._began: int | None = None
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        for name in ("precision", "accumulate_grad_batches", "gradient_clip_val"):
+            self._settings[name] = getattr(trainer, name)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"gradients": self._gradients}
+        return {"gradients": self._gradients, "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        refuse_others(self._settings, state_dict.get("settings", {}))
         self._gradients = state_dict["gradients"]
 
     def has_trained(self, trainer: Trainer) -> bool:
@@ -46,19 +53,6 @@ class KeepLast(Checkpoint):
         for parameter, gradient in zip(pl_module.parameters(), self._gradients, strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._gradients = []
-        if threading.current_thread() is threading.main_thread():
-            self._says_so = trainer.is_global_zero
-            self._before = signal.signal(signal.SIGINT, self._stop)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if signal.getsignal(signal.SIGINT) == self._stop:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _stop(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._says_so:  # not by a stream, in which the signal may have interrupted a call
-            os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")
-        signal.raise_signal(signal.SIGTERM)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -76,7 +70,6 @@ class KeepLast(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
         loop: Any = trainer.fit_loop.epoch_loop
         within = loop.batch_progress.total.started > loop.batch_progress.total.completed
         alone = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
@@ -90,6 +83,8 @@ class KeepLast(Checkpoint):
             rank_zero_info(f"\nstopped at step {trainer.global_step}: {self.file} goes on from there with --resume")
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
         _save_whole(trainer, self.file, lambda part: trainer.save_checkpoint(part, weights_only=False))
         self._saved = batches_had(trainer)
 

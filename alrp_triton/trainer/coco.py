@@ -162,6 +162,7 @@ class Coco:
             ("left out {} with a box that is not finite", ~missing & ~finite),
             ("left out {} with a box that has no area inside of its image", ~missing & finite & empty),
             ("took the area of the box for {} with an area below 0 or beyond 1e10", kept & bad_area),
+            ("cut {} at the border of their image, in training alone", kept & over),
         ):
             self._note(text, [ids[row] for row in np.flatnonzero(which)])
         self.image, self.xywh, self.corners = image[kept], xywh[kept], inside[kept]

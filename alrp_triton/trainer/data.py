@@ -127,7 +127,8 @@ class CocoDataModule(LightningDataModule):
                 f"note: {files[1]} has no box to find, in {len(self.held_out)} images: AP and oLRP will be NaN"
             )
         if self.training.coco.crowd.all():
-            raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images")
+            notes = "".join(f"; {note.removeprefix(f'{files[0]}: ')}" for note in self.training.coco.notes)
+            raise UserError(f"{files[0]} has no box to train on, in {len(self.training)} images{notes}")
         self._sampler()
 
     def _sampler(self) -> EpochSampler:

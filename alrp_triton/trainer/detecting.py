@@ -1,7 +1,8 @@
 """``alrp-train validate`` and ``alrp-train predict``."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -129,12 +130,23 @@ def _thresholds(wanted: float | str, model: RankingDetector) -> torch.Tensor:
     return torch.tensor([model.thresholds[name] for name in names], dtype=torch.float64).nan_to_num(torch.inf)
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """All files, also those of folders that are links."""
+    seen = set[str]()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        if (here := os.path.realpath(at)) in seen:  # a link to where it is
+            folders.clear()
+        else:
+            seen.add(here)
+            yield from (Path(at, name) for name in names)
+
+
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UserError(f"--images: there is no {path}")
-        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        found = sorted(one for one in _below(path) if one.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--images: no image in {path}")
         files += found

@@ -24,6 +24,7 @@ from .parsers import Parser, value_ahead
 from .pictures import save_curves, save_detections
 from .reports import OF_CATEGORY, print_rows, write_json
 from .runs import BEST, CONFIG, LAST, find_checkpoint, read_checkpoint
+from .stopping import Stop
 
 _SHOWN = 12  # pictures
 _MEMORY = 3400  # bytes a square of the shorter side, in a step of torchvision's RetinaNet in float32 on images of 4:3
@@ -79,7 +80,7 @@ class _Fit(LightningCLI):
 
     def _save_config(self, trainer: Trainer, _: Any) -> None:
         """Once it is known that a checkpoint to resume is of these settings."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             config = self.config.clone()
             config.resume = False  # for a new run with these settings; --resume says it itself
             config.data.root = Path(config.data.root).resolve()
@@ -88,9 +89,9 @@ class _Fit(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, out = self.config, self.config.out
         given: Any = self.config_init
-        self.history, self.last = History(), KeepLast(out)
+        self.history, self.last = History(), KeepLast(out, config.ema)
         save_config = LambdaCallback(on_train_start=self._save_config)
-        callbacks: list[Any] = [self.history, EvaluateAtEnd(), KeepBest(out), self.last, save_config]
+        callbacks: list[Any] = [Stop(), self.history, EvaluateAtEnd(), KeepBest(out), self.last, save_config]
         if given.trainer.enable_progress_bar is not False:
             callbacks.append(Progress(refresh_rate=1 if sys.stdout.isatty() else 50))  # a file keeps each state of it
         if config.ema is not None:

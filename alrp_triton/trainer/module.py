@@ -14,7 +14,7 @@ from ..integrations.torchvision import use_ranking_loss
 from ..metrics import Calibration
 from .dataset import Batch, CocoDetection, Images
 from .detectors import make_detector
-from .errors import UserError
+from .errors import UserError, refuse_others
 from .evaluation import Evaluation, Found, evaluate
 from .sampling import batches_had, seed_of
 
@@ -279,14 +279,7 @@ class RankingDetector(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """UserError: the checkpoint is of a run with other settings."""
-        now, before = dict(self.settings), checkpoint["hyper_parameters"]
-        other = [
-            f"{name} {before.get(name)} (now {value})"
-            for name, value in now.items()
-            if before.get(name, value) != value
-        ]
-        if other:
-            raise UserError(f"the checkpoint is of a run with other settings: {', '.join(other)}")
+        refuse_others(dict(self.settings), checkpoint["hyper_parameters"])
         self.thresholds = checkpoint.get("thresholds", {})
         calibration = checkpoint.get("calibration")
         self.calibration = None if calibration is None else Calibration.from_state_dict(calibration)

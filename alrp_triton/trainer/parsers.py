@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,7 +20,7 @@ Trains a detector of torchvision with a ranking loss on data in COCO format, eva
     alrp-train validate --run RUN                     evaluates the best checkpoint of RUN, on its data or others
     alrp-train predict --run RUN --images FOLDER      detects; writes COCO's format of results, and pictures
 
-Each command has --help, and takes --config FILE, such as the config.yaml that a run leaves.
+Each command has --help, and takes --config FILE with options of its own: fit the config.yaml that a run leaves.
 """
 
 
@@ -32,13 +32,15 @@ class Parser(LightningArgumentParser):
     """Options by their whole names; errors in one line, without the list of all options."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        of_ours: dict[str, Any] = {"description": USAGE, "formatter_class": _Help, "allow_abbrev": False}
-        super().__init__(*args, **of_ours | {"usage": "%(prog)s [--OPTION VALUE ...]"} | options)
+        of_ours: dict[str, Any] = {"description": USAGE, "usage": "%(prog)s [--OPTION VALUE ...]"}
+        of_ours |= {"formatter_class": _Help, "allow_abbrev": False}
+        super().__init__(*args, **of_ours | options)
 
-    def format_help(self) -> str:
+    def format_help(self, *formatter: Any, **of_newer: Any) -> str:
         """Our own options before the many of Lightning's Trainer; texts from docstrings without their marks."""
-        self._action_groups.sort(key=lambda group: any(one.dest == "trainer" for one in group._group_actions))
-        return re.sub(r":\w+:`([^`]*)`|``", r"\1", super().format_help())
+        groups = cast("list[Any]", self._action_groups)
+        groups.sort(key=lambda group: any(one.dest == "trainer" for one in group._group_actions))
+        return re.sub(r":\w+:`([^`]*)`|``", r"\1", super().format_help(*formatter, **of_newer))
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         lines = [line.strip() for line in message.splitlines() if line.strip()]

@@ -18,7 +18,7 @@ from tests.conftest import or_skip
 from tests.support.processes import ROOT, run_together
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100")
-COLUMNS = dict.fromkeys(TARGETS, ("fp32",)) | dict.fromkeys(("sm_90", "gfx942"), ("fp32", "fp64", "bf16"))
+COLUMNS = {target: ("fp32", "fp64", "bf16") if target in ("sm_90", "gfx942") else ("fp32",) for target in TARGETS}
 FORM = "( hard| in groups| of classes| of few| of some| elsewhere)"
 
 

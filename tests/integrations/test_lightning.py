@@ -150,6 +150,32 @@ def test_losses_by_name_and_no_logs(tmp_path: Path) -> None:
     trainer(1, tmp_path, every=0).fit(Own(), loader())
 
 
+class Alternating(Own):
+    """Two optimisers, each of which steps in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = torch.zeros(())
+        for optimizer in self.optimizers():  # pyright: ignore[reportGeneralTypeIssues]
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([self.logits], lr=0.1), torch.optim.SGD([self.logits], lr=0.1)]
+
+
+def test_steps_of_two_optimisers_are_counted_as_lightning_does(tmp_path: Path) -> None:
+    keep = Keep()
+    trainer(1, tmp_path, keep, every=2).fit(Alternating(), loader())
+    assert ["rank/gradient_balance" in step for step in keep.logged[:2]] == [False, True]
+
+
 def halved(gradient: Tensor) -> Tensor:
     return torch.where(gradient < 0, gradient / 2, gradient)
 

@@ -90,6 +90,11 @@ def test_fcos(loss: Loss) -> None:
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["head.regression_head.bbox_ctrness.weight", "head.regression_head.bbox_ctrness.bias"]
 
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)  # other parameters in their place
+    remove_ranking_loss(copied)
+    assert all(parameter.requires_grad for parameter in copied.parameters())
+
     model.eval()
     model.score_thresh, model.nms_thresh, model.detections_per_img, model.topk_candidates = 0.0, 1.1, 10**6, 10**6
     (found, *_) = model(data[0])

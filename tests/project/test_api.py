@@ -107,6 +107,7 @@ def test_layers_import_one_way() -> None:
             "module",
             "runs",
             "callbacks",
+            "stopping",
             "pictures",
             "parsers",
             "reports",

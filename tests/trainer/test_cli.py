@@ -164,7 +164,12 @@ def test_predict_in_images(finished: Path, scenes: Path, tmp_path: Path) -> None
     """Files and folders, and a part without annotations; the same is found in the same pixels."""
     images = [scenes / "images" / f"val{i}.png" for i in (1, 2)]
     folder = tmp_path / "folder"
-    (folder / "deep").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (folder / "deep").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "folder.png").mkdir()
     (folder / "notes.txt").write_text("no image")
     with Image.open(images[1]) as image:
         image.save(folder / "deep" / "IMAGE.PNG")
@@ -397,6 +402,16 @@ def test_an_image_that_is_cut_short_is_named(workers: int, tmp_path: Path) -> No
     assert re.match(r"\S*im2\.jpg cannot be read as an image: .*truncated", done.error)
 
 
+def test_boxes_that_all_are_left_out_are_counted(tmp_path: Path) -> None:
+    """As where there are masks alone."""
+    part = content(2)
+    for annotation in part["annotations"]:
+        del annotation["bbox"]
+    done = fit(data_set(tmp_path / "data", part), tmp_path / "out")
+    assert done.status == 2
+    assert re.search(r"no box to train on, in 2 images; left out 2 annotations without a box \(id 1, 2\)$", done.error)
+
+
 @pytest.mark.usefixtures("without_pictures")
 def test_boxes_that_are_left_out_are_counted(tmp_path: Path) -> None:
     part = content(4)
@@ -404,9 +419,11 @@ def test_boxes_that_are_left_out_are_counted(tmp_path: Path) -> None:
         annotation["bbox"] = [29, 26, -20, -18]
     part["annotations"][3] |= {"bbox": [63.9, 10, 5, 10], "area": -360}
     part["annotations"].append({"id": 9, "image_id": 4, "category_id": 1, "bbox": [63.9999999, 10, 5, 10]})
+    part["annotations"].append({"id": 10, "image_id": 4, "category_id": 1, "bbox": [10, 10, 5, 10]})
     done = fit(data_set(tmp_path / "data", part), tmp_path / "out")
     assert done.status == 0
-    assert "4 images, 1 boxes, 2 categories to train on" in done.log
+    assert "4 images, 2 boxes, 2 categories to train on" in done.log
+    assert "cut 1 annotations at the border of their image, in training alone (id 4)" in done.log
     assert "left out 4 annotations with a box that has no area inside of its image (id 1, 2, 3, …)" in done.log
     assert "took the area of the box for 1 annotations with an area below 0 or beyond 1e10 (id 4)" in done.log
 

@@ -302,6 +302,23 @@ def test_short_epochs(scenes: Path, tmp_path: Path) -> None:
         assert error in refused.error
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+@pytest.mark.usefixtures("without_pictures")
+def test_an_average_of_weights_is_not_gone_on_from_as_weights(scenes: Path, tmp_path: Path) -> None:
+    """Nor where the file of the settings was lost."""
+    out = tmp_path / "run"
+    assert fit(scenes, out, **FAST | {"ema": 0.9}).status == 0
+    (out / "config.yaml").unlink()
+    lost = fit(scenes, out, "--resume", **FAST | {"trainer__max_epochs": 3})
+    assert (lost.status, "other settings: ema 0.9 (now None)" in lost.error) == (2, True)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_that_is_but_tried_leaves_no_checkpoint(scenes: Path, tmp_path: Path) -> None:
+    assert fit(scenes, tmp_path / "run", "--trainer.fast_dev_run", "true", **FAST).status == 0
+    assert fit(scenes, tmp_path / "run", **FAST).status == 0
+
+
 @pytest.mark.usefixtures("without_pictures")
 def test_the_learning_rate_of_a_lengthened_run(scenes: Path, tmp_path: Path) -> None:
     """Is that of the longer one from its first step on."""
@@ -312,6 +329,7 @@ def test_the_learning_rate_of_a_lengthened_run(scenes: Path, tmp_path: Path) -> 
     assert rates[0] == rates[1]
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("words", "error"),
@@ -325,6 +343,10 @@ def test_the_learning_rate_of_a_lengthened_run(scenes: Path, tmp_path: Path) -> 
         ),
         (["--data.root", "OTHER_VAL"], "the checkpoint is of a run with other data to evaluate on than "),
         (["--data.root", "OTHER"], "the checkpoint is of a run with other data than "),
+        (["--ema", "0.9"], "of a run with other settings: ema None (now 0.9)"),
+        (["--trainer.accumulate_grad_batches", "2"], "other settings: accumulate_grad_batches 1 (now 2)"),
+        (["--trainer.precision", "bf16-mixed"], "other settings: precision 32-true (now bf16-mixed)"),
+        (["--trainer.gradient_clip_val", "1"], "other settings: gradient_clip_val None (now 1)"),
         (["--data.flip", "false"], "of a run with other transforms ['RandomHorizontalFlip(p=0.5)'] (now [])"),
     ],
 )

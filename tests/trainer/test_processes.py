@@ -3,6 +3,7 @@
 # pyright: reportPrivateUsage=false
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("tests.support.coco_data")
 
 
-from alrp_triton.trainer import RankingDetector
+from alrp_triton.trainer import RankingDetector, stopping
 from tests.support.coco_data import FAST, MARKS, alrp_train, content, data_set, fit, options, read, same
 from tests.support.processes import ROOT, run_together
 
@@ -88,6 +89,43 @@ def test_processes_train_as_one(scenes: Path, tmp_path: Path) -> None:
     found = [read(tmp_path / out / "detections.json") for out in ("one", "two")]
     assert {row["image_id"] for row in found[0]} == {row["image_id"] for row in found[1]} == {1, 2}
     assert len(list((tmp_path / "two" / "logs").iterdir())) == 1
+
+
+ONE_IS_STOPPED = """
+import os, signal, sys
+from alrp_triton.trainer import RankingDetector, cli
+def step(self, batch, batch_idx, before=RankingDetector.training_step):
+    if (self.global_step, self.global_rank) == (4, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before(self, batch, batch_idx)
+RankingDetector.training_step = step
+if __name__ == "__main__":
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_processes_stop_together(scenes: Path, tmp_path: Path) -> None:
+    """Where only one of them is told, while the other is waiting for it: all go to the end of the step."""
+    script, out = tmp_path / "one_is_stopped.py", tmp_path / "run"
+    script.write_text(ONE_IS_STOPPED)
+    (done,) = run_together([str(script), "fit", *options(scenes, out, **FAST, **DDP)], environment=environment())
+    assert done.returncode == 143, done.stderr
+    assert "stopped at step 5: " in done.stderr
+    state = torch.load(out / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 5
+    assert not (out / "last.ckpt.part").exists()
+
+
+def test_a_second_interrupt_ends_a_process_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread, for the main one is in a call to which no signal gets through."""
+    ended = list[int]()
+    monkeypatch.setattr("os._exit", ended.append)
+    for numbers, expected in (([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], []), ([signal.SIGINT] * 2, [130])):
+        told, heard = os.pipe()
+        os.write(heard, bytes(numbers))
+        os.close(heard)
+        stopping._end_at_second(told)
+        assert ended == expected
 
 
 WITH_BATCH_NORM = """
