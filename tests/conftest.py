@@ -69,6 +69,11 @@ settings.register_profile("fuzz", max_examples=20_000, print_blob=True, suppress
 settings.load_profile("ci" if "CI" in os.environ else "some")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes comes first: else one of two workers ends long after the other."""
+    items.sort(key=lambda item: item.path.parent.name != "trainer")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For models so small that they wait for threads more than they compute."""

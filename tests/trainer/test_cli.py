@@ -30,6 +30,7 @@ from tests.support.coco_data import (
     read,
     same,
 )
+from tests.support.processes import ROOT
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("one_thread")]
 
@@ -72,6 +73,24 @@ def test_help() -> None:
         for one in ("--data.root", "--trainer.max_epochs MAX")
     )
     assert ours < lightnings
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.* always returns a .* in scripting")
+@pytest.mark.usefixtures("without_pictures")
+def test_the_examples_of_the_docs_run(finished: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """In Python: to detect, to ship, and, with a smaller detector for an epoch, to train."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").symlink_to(finished)
+    (tmp_path / "DIR").symlink_to(scenes)
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "trainer.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for code in blocks:
+        smaller = code.replace("retinanet_resnet50_fpn_v2", "retinanet_small").replace("=12", "=1").replace("=8", "=2")
+        assert (code is blocks[-1]) == (smaller != code)
+        exec(smaller, names)
+    assert len(names["kept"]) == len(names["share"]) > 0
+    assert names["trainer"].global_step > 0
 
 
 @pytest.mark.parametrize(
