@@ -1,5 +1,6 @@
 """The benchmark: its baselines are what they say, its gate lets nothing wrong through, its figures are computed right."""
 
+import json
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from bench.speed import baselines, gate, timing
 from bench.speed.contenders import ALRP, AP, BUCKETED, DENSE, FLOOR, FOCAL, LOOP, RANK_SORT, SEARCH, Step, contenders
 from bench.speed.problems import CASES, SCORES, WORST, Problem, Size, make_problem, sizes
 from reference import dense
+from tests.support.processes import run_together
 
 CPU = torch.device("cpu")
 
@@ -119,15 +121,31 @@ def test_peak_memory_is_that_of_the_process() -> None:
         assert peak is None or peak == pytest.approx(80, abs=8)
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_peak_memory_of_a_step_is_gradient_and_mask(backend: str) -> None:
-    """5 bytes a logit, and some MiB whatever N: the chunk at hand, tables. Other threads' pages come on top, at times."""
-    size = Size("test", 8_000_000, 300)
-    problem = make_problem(size, CPU, seed=0)
+PEAKS = """
+import json, torch
+from bench.speed import timing
+from bench.speed.contenders import contenders
+from bench.speed.problems import Size, make_problem
+size = Size("test", 8_000_000, 300)
+problem = make_problem(size, torch.device("cpu"), seed=0)
+found = {}
+for backend in ("torch", "numba"):
     step = contenders(size, problem)[backend]
     step()
-    peaks = [peak for _ in range(3) if (peak := timing.peak_memory(step, problem)) is not None]
-    assert not peaks or min(peaks) <= 5 * size.anchors / 2**20 + 12
+    found[backend] = [timing.peak_memory(step, problem) for _ in range(3)]
+print(json.dumps(found))
+"""
+
+
+def test_peak_memory_of_a_step_is_gradient_and_mask() -> None:
+    """5 bytes a logit, and some MiB whatever N: the chunk at hand, tables. Other threads' pages come on top, at times.
+
+    In a process of its own: what another test has left in the allocator changes what is given back.
+    """
+    (done,) = run_together(["-c", PEAKS])
+    assert done.returncode == 0, done.stderr
+    for backend, peaks in json.loads(done.stdout).items():
+        assert None in peaks or min(peaks) <= 5 * 8_000_000 / 2**20 + 12, (backend, peaks)
 
 
 def test_model_is_the_busiest_pipe() -> None:
