@@ -70,7 +70,7 @@ settings.load_profile("ci" if "CI" in os.environ else "some")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes comes first: else one of two workers ends long after the other."""
+    """The trainer's tests, which start processes, come first: at the end one of two workers would wait for them."""
     items.sort(key=lambda item: item.path.parent.name != "trainer")
 
 

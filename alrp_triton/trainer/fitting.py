@@ -192,17 +192,8 @@ def _finish(config: Namespace, trainer: Trainer, model: RankingDetector, data: C
     _draw(_save_found, model, data.held_out, config.out / "detections.png")
     if len(model.found) < len(data.held_out):
         print(f"note: evaluated on {len(model.found)} of {len(data.held_out)} images", file=sys.stderr)
-    names = (
-        BEST,
-        LAST,
-        "metrics.json",
-        "detections.json",
-        "curves.png",
-        "detections.png",
-        CONFIG,
-        "logs",
-        "tensorboard",
-    )
+    results = ("metrics.json", "detections.json", "curves.png", "detections.png")
+    names = (BEST, LAST, *results, CONFIG, "logs", "tensorboard")
     print(f"in {config.out}/: {', '.join(name for name in names if (config.out / name).exists())}")
     print(f"to detect: alrp-train predict --run {config.out} --threshold optimal --images FOLDER")
     ap50 = last["AP50"]

@@ -19,12 +19,12 @@ class Stop(Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = self._says_so = False
+        self._asked = False
         self._before: dict[int, Any] = {}
         self._heard: int | None = None  # the end of a pipe to which each signal is written at once
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._asked, self._says_so = False, trainer.is_global_zero
+        self._asked = False
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -35,7 +35,7 @@ class Stop(Callback):
             if number == signal.SIGINT:
                 if trainer.world_size == 1:
                     signal.signal(number, signal.default_int_handler)
-                if self._says_so:  # not by a stream, in which the signal may have interrupted a call
+                if trainer.is_global_zero:  # not by a stream, in which the signal may have interrupted a call
                     os.write(2, b"\nstopping after this step; a second Ctrl-C stops at once\n")
 
         self._before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -30,10 +30,10 @@ def test_by_hand() -> None:
     assert curve.threshold.tolist() == [0.9, 0.8, 0.7, 0.6]
     np.testing.assert_allclose(optimal_lrp(*arguments), [2.2 / 3, 0.1, 0, 2 / 3, 0.9])
     scores, is_tp, ious, truths = arguments
-    best = optimal_lrp(torch.tensor(scores).double(), torch.tensor(is_tp), torch.tensor(ious).double(), truths)
-    np.testing.assert_allclose(list(best), list(optimal_lrp(*arguments)), rtol=1e-6)
-    best = optimal_lrp(*arguments)
-    np.testing.assert_array_equal(list(lrp_at(*arguments, score_threshold=best.threshold)), list(best))
+    best = optimal_lrp(torch.tensor(scores, dtype=torch.float64), torch.tensor(is_tp), torch.tensor(ious), truths)
+    np.testing.assert_allclose(best, [2.2 / 3, 0.1, 0, 2 / 3, 0.9], rtol=1e-6)  # IoUs in float32
+    found = lrp_at(*arguments, score_threshold=best.threshold)  # 0-d
+    np.testing.assert_allclose(found, [2.2 / 3, 0.1, 0, 2 / 3, 0.9])
     np.testing.assert_allclose(lrp_at(*arguments, score_threshold=0.7), [3 / 4, 0.25, 1 / 3, 1 / 3, 0.7])
     np.testing.assert_allclose(lrp_at(*arguments, score_threshold=0.75), [3.2 / 4, 0.1, 1 / 2, 2 / 3, 0.75])
     np.testing.assert_allclose(optimal_lrp(*arguments, tau=0.0), [(0.5 + 1 + 1) / 4, 0.25, 1 / 3, 1 / 3, 0.7])
